@@ -1,0 +1,22 @@
+"""Differentiable sparse least squares, as pure functions for torch.func."""
+
+from .lstsq import lstsq, solve
+from .matrix import SparseMatrix
+from .pattern import SparsePattern
+from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
+from .solvers import CGLS, Auto, Dense
+
+__version__ = "0.1.0"
+__all__ = [
+    "CGLS",
+    "Auto",
+    "ConvergenceError",
+    "Dense",
+    "RankDeficientError",
+    "Solution",
+    "SolveInfo",
+    "SparseMatrix",
+    "SparsePattern",
+    "lstsq",
+    "solve",
+]

@@ -1,0 +1,291 @@
+"""The primitive `solve_augmented`: one linear system that holds all of linear least squares, and its derivatives.
+
+    K s = t      K = [ I    A    ]     s = [ r ]     t = [ b ]
+                     [ A^H  -d^2 ]         [ x ]         [ c ]
+
+(Björck, Numerical Methods for Least Squares Problems, SIAM 1996, section 2.1.) K is Hermitian, so the adjoint of a
+solve is a solve with the same K, and both derivatives cost one more solve:
+
+    JVP   K ds = dt - dK s            dK s = (dA x, dA^H r - 2 d dd x)
+    VJP   K l = s_bar                 t_bar = l,  A_bar = -(l_r x^H + r l_x^H) at the stored entries,
+                                      d_bar = 2 d Re <l_x, x>
+
+Without full rank, and by request only, K^+ stands for the inverse: s is then the solution of least norm. For changes
+of A that keep its rank (Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, eq. 4.12), with N = I - K K^+:
+
+    JVP   ds = K^+ (dt - dK s + (0, w_x)) + N dK (u_r, 0)     u = K^+ (0, x),  w = K^+ dK N t
+    VJP   l = K^+ s_bar,  v = K^+ (0, l_x):   t_bar = l,
+          A_bar = -(l_r x^H + r l_x^H) + u_r (N s_bar)_x^H + v_r (N t)_x^H
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pattern import SparsePattern, find_pattern
+from .products import Operator, multiply, sample
+from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check
+from .solvers import Auto
+from .solvers.system import System
+from .transforms import Primitive, define, is_traced, join_columns, join_matrices, split_columns, split_matrices
+
+
+class Settings(NamedTuple):
+    """What a solve is asked for; interned, since a compiled graph passes it as a number."""
+
+    solver: Any = Auto()
+    minimum_norm: bool = False
+
+
+_settings: dict[Settings, int] = {}
+_by_number: list[Settings] = []
+
+
+def number_of(settings: Settings) -> int:
+    """The number that stands for `settings`."""
+    if settings not in _settings:
+        _settings[settings] = len(_by_number)
+        _by_number.append(settings)
+    return _settings[settings]
+
+
+class Holder:
+    """The factors of one matrix, for as long as the autograd graph that needs them lives.
+
+    Made for each call and kept by its graph alone. The kernel fills it in the forward solve and finds it filled in
+    every derivative, whatever the transformation, as long as it is asked for the same values.
+    """
+
+    __slots__ = ("__weakref__", "damp", "factors", "key", "system", "values", "version")
+    living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
+    numbers = itertools.count(1)
+
+    def __init__(self):
+        self.key, self.values, self.factors = next(Holder.numbers), None, None
+        Holder.living[self.key] = self
+
+    def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
+        """(system, factors), made afresh if `values` or `damp` are not those of last time."""
+        if not self._holds(values, damp):
+            self.system = System(
+                Operator(pattern, values.to(torch.promote_types(values.dtype, torch.float64))),
+                None if damp is None else damp.to(torch.float64),
+                torch.finfo(values.dtype).eps,
+            )
+            self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
+            self.values, self.version, self.damp = values, _version(values), damp
+        return self.system, self.factors
+
+    def _holds(self, values: Tensor, damp: Tensor | None) -> bool:
+        held = self.values
+        if self.factors is None or held.shape != values.shape or (damp is None) != (self.damp is None):
+            return False
+        if _version(held) != self.version:  # changed in place since
+            return False
+        same = held.data_ptr() == values.data_ptr() and held.stride() == values.stride()
+        if not (same or torch.equal(held, values)):
+            return False
+        return damp is None or torch.equal(damp, self.damp)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _solve_kernel(
+    values: Tensor,
+    damp: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    settings: int,
+    holder: int,
+    on_failure: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = values.resolve_conj()
+    wanted, dtype, copies = _by_number[settings], values.dtype, values.shape[0]
+    double = torch.promote_types(dtype, torch.float64)
+    k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
+    b = values.new_zeros((copies, m, k), dtype=double) if b is None else b.resolve_conj().to(double)
+    c = values.new_zeros((copies, n, k), dtype=double) if c is None else c.resolve_conj().to(double)
+    _require_finite(values=values, damp=damp, b=b, c=c)
+    if not (copies and m and n and k):
+        report = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=values.device)
+        return b.to(dtype, copy=True), torch.zeros_like(c, dtype=dtype), report
+    keeper = Holder.living.get(holder) or Holder()
+    system, factors = keeper.prepare(wanted, values, damp, find_pattern(indices, m, n))
+    c = c / system.scale
+    size = torch.maximum(b.abs().amax(1, keepdim=True), c.abs().amax(1, keepdim=True))
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
+    r, y, report = factors.solve(b / size, c / size)
+    r, x = (r * size).to(dtype), (y / system.scale * size).to(dtype)
+    report = _settle(report, r, x)
+    if on_failure == "raise":
+        hint = getattr(wanted.solver, "hint", "")
+        check(report, (m, n), system.accept, hint)
+    else:
+        failed = report.status != (CONVERGED if on_failure == "nan" else RANK_DEFICIENT)
+        failed = failed if on_failure == "nan" else ~failed
+        r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
+    return r, x, torch.stack(list(report), 1)
+
+
+def _settle(report: Report, r: Tensor, x: Tensor) -> Report:
+    """Numbers that overflowed are no success, whatever the solver says."""
+    finite = torch.isfinite(r).all(1) & torch.isfinite(x).all(1)
+    status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
+    error = torch.where(finite, report.solution_error, torch.inf)
+    return report._replace(status=status, solution_error=error)
+
+
+def _require_finite(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
+
+
+def _solve_fake(values, damp, b, c, indices, m, n, settings, holder, on_failure):
+    copies, k = values.shape[0], (b if b is not None else c).shape[2]
+    report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
+    return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
+
+
+_solve = define(
+    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor indices, SymInt m, SymInt n, int settings, "
+    "int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
+    _solve_kernel,
+    _solve_fake,
+)
+
+
+class Static(NamedTuple):
+    m: int
+    n: int
+    settings: int
+    on_failure: str
+    holder: Holder
+
+    def derivative(self) -> Static:
+        """For the solves of a rule: what failed under throw=False has NaN for a derivative."""
+        return self if self.on_failure == "raise" else self._replace(on_failure="nan")
+
+
+class Solve(Primitive):
+    @classmethod
+    def forward(cls, static: Static, values, damp, b, c, indices):
+        m, n, settings, on_failure, holder = static
+        key = 0 if is_traced(values) else holder.key
+        tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c)]
+        return _solve(*tensors, indices, m, n, settings, key, on_failure)
+
+    @classmethod
+    def setup_context(cls, ctx, inputs, output):
+        super().setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+
+    @classmethod
+    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
+        values, damp, b, c, indices = inputs
+        r, x, _ = outputs
+        r_bar, x_bar, _ = cotangents
+        if r_bar is None and x_bar is None:
+            return (None,) * 5
+        static, (m, n) = static.derivative(), static[:2]
+        l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, indices)
+        values_bar = damp_bar = None
+        if needed[0]:
+            left, right = [-l_r, -r], [x, l_x]
+            if _by_number[static.settings].minimum_norm:
+                u_r, _, _ = cls.apply(static, values, damp, None, x, indices)
+                left.append(u_r)
+                right.append(_outside(static, values, damp, l_r, l_x, x_bar, indices))
+                if c is not None:
+                    v_r, _, _ = cls.apply(static, values, damp, None, l_x, indices)
+                    left.append(v_r)
+                    right.append(_outside(static, values, damp, r, x, c, indices))
+            values_bar = sample(torch.cat(left, -1), torch.cat(right, -1), indices, m, n)
+        if needed[1]:
+            damp_bar = 2 * damp * (l_x.conj() * x).sum((1, 2)).real
+        return values_bar, damp_bar, l_r if needed[2] else None, l_x if needed[3] else None, None
+
+    @classmethod
+    def jvp_rule(cls, static, inputs, outputs, tangents):
+        values, damp, b, c, indices = inputs
+        r, x, _ = outputs
+        values_dot, damp_dot, b_dot, c_dot, _ = tangents
+        static, (m, n) = static.derivative(), static[:2]
+        beyond = None
+        if values_dot is not None:
+            b_dot = _minus(b_dot, multiply(values_dot, x, indices, m, n, False))
+            c_dot = _minus(c_dot, multiply(values_dot, r, indices, m, n, True))
+            if _by_number[static.settings].minimum_norm:
+                if c is not None:
+                    lost = multiply(values_dot, _outside(static, values, damp, r, x, c, indices), indices, m, n, False)
+                    _, w_x, _ = cls.apply(static, values, damp, lost, None, indices)
+                    c_dot = c_dot + w_x
+                u_r, _, _ = cls.apply(static, values, damp, None, x, indices)
+                beyond = multiply(values_dot, u_r, indices, m, n, True)
+        if damp_dot is not None:
+            c_dot = _minus(c_dot, -2 * (damp * damp_dot)[:, None, None] * x)
+        if b_dot is None and c_dot is None:
+            return None, None, None
+        r_dot, x_dot, _ = cls.apply(static, values, damp, b_dot, c_dot, indices)
+        if beyond is not None:
+            q_r, q_x, _ = cls.apply(static, values, damp, None, beyond, indices)
+            x_dot = x_dot + _outside(static, values, damp, q_r, q_x, beyond, indices)
+        return r_dot, x_dot, None
+
+    @classmethod
+    def vmap(cls, info, in_dims, static, values, damp, b, c, indices):
+        _, of_values, of_damp, of_b, of_c, _ = in_dims
+        size = info.batch_size
+        if of_values is None and of_damp is None:
+            b, c = join_columns(b, of_b, size), join_columns(c, of_c, size)
+            outputs = cls.apply(static, values, damp, b, c, indices)
+            return tuple(split_columns(output, size) for output in outputs), (2, 2, 2)
+        dims = (of_values, of_damp, of_b, of_c)
+        joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c), dims, strict=True)]
+        outputs = cls.apply(static, *joined, indices)
+        return tuple(split_matrices(output, size) for output in outputs), (0, 0, 0)
+
+
+def _minus(x: Tensor | None, y: Tensor) -> Tensor:
+    return -y if x is None else x - y
+
+
+def _outside(static: Static, values, damp, r: Tensor, x: Tensor, c: Tensor | None, indices: Tensor) -> Tensor:
+    """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach."""
+    reached = multiply(values, r, indices, static.m, static.n, True)
+    if damp is not None:
+        reached = reached - damp.square()[:, None, None] * x
+    return -reached if c is None else c - reached
+
+
+@torch.compiler.allow_in_graph
+def solve_augmented(
+    values: Tensor,
+    damp: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    settings: int,
+    on_failure: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, x, report) of K (r, x) = (b, c): (P, m, k), (P, n, k) and (P, 8, k), the fields of `Report`.
+
+    Args:
+        values: (P, nnz), m x n matrices with m >= n on the pattern of `indices`.
+        damp: (P,) or None; b: (P, m, k) or None for zero; c: (P, n, k) or None for zero.
+        settings: the number of a `Settings`.
+        on_failure: "raise", "return" (what was reached) or "nan".
+    """
+    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, indices)

@@ -1,0 +1,217 @@
+"""`lstsq` and `solve`: from A, b, damp and weights to the augmented system, and back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .augmented import Settings, number_of, solve_augmented
+from .matrix import DTYPES, LAYOUTS, SparseMatrix, single
+from .products import sample
+from .result import Report, Solution, SolveInfo
+from .solvers import Auto
+from .transforms import concrete, is_traced
+
+
+def lstsq(
+    A: SparseMatrix | Tensor,
+    b: Tensor,
+    *,
+    damp: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    solver: Any = None,
+    rank_deficient: str = "raise",
+) -> Tensor:
+    """The least-squares solution of A x = b for a sparse A, differentiable to any order by everything it is given.
+
+    Minimises sum_i weights_i |b - A x|_i^2 + damp^2 |x|^2 over x. Where A has fewer rows than columns and there is no
+    damping, x is the solution of least norm. Composes with every transformation of torch.func: gradients with
+    respect to A are values at its stored entries only.
+
+    Args:
+        A: (m, n) SparseMatrix, or torch sparse COO (coalesced or not), CSR or CSC tensor, of full rank.
+        b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
+        damp: non-negative number or 0-d real tensor, in units of A; None for no damping.
+        weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
+            out; the derivative by a weight that is 0 is NaN.
+        solver: `Dense()`, `CGLS()`, or another solver object; None chooses by size.
+        rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
+
+    Returns:
+        x: (n,) or (n, k).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or with NaN or infinity in it.
+        RankDeficientError: A has no full rank (a `torch.linalg.LinAlgError`).
+        ConvergenceError: the estimated forward error is above eps^(1/3) of the dtype (a `torch.linalg.LinAlgError`).
+
+    Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation.
+    All arithmetic of a solve is in double precision; results are rounded to the dtype of the input.
+
+    Source: the augmented system (Björck, Numerical Methods for Least Squares Problems, SIAM 1996, section 2.1);
+    derivatives of the pseudoinverse by Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973.
+
+    >>> import functional_lstsq as fl
+    >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1]]), (3, 2))
+    >>> values = torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    >>> b = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    >>> fl.lstsq(fl.SparseMatrix(values, pattern), b)
+    tensor([0., 3.], dtype=torch.float64)
+    >>> torch.func.jacrev(lambda b: fl.lstsq(fl.SparseMatrix(values, pattern), b))(b)
+    tensor([[ 0.6667,  0.3333, -0.3333],
+            [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
+    """
+    problem = _pose(A, b, damp, weights, solver, rank_deficient)
+    r, x, _ = _run(problem, "raise")
+    return _shaped(r if problem.wide else x, problem)
+
+
+def solve(
+    A: SparseMatrix | Tensor,
+    b: Tensor,
+    *,
+    damp: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    solver: Any = None,
+    rank_deficient: str = "raise",
+    throw: bool = True,
+) -> Solution:
+    """Like `lstsq`, with the residual and with what is known of the solution.
+
+    Args:
+        throw: False returns what was reached instead of raising; `info.status` tells. Where there is no solution (rank
+            deficient) x is NaN, and so are derivatives through a column that failed.
+        The others are those of `lstsq`.
+
+    Returns:
+        `Solution(x, residual, info)`: x (n,) or (n, k), residual b - A x (m,) or (m, k), both differentiable, and a
+        `SolveInfo`, which is not.
+
+    Raises, cost and source: as `lstsq`; the residual is free where m >= n and there are no weights.
+
+    >>> import functional_lstsq as fl
+    >>> A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]], dtype=torch.float64).to_sparse_csr()
+    >>> solution = fl.solve(A, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    >>> solution.residual
+    tensor([ 1., -1.,  1.], dtype=torch.float64)
+    >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
+    ('converged', True)
+    """
+    problem = _pose(A, b, damp, weights, solver, rank_deficient)
+    r, x, numbers = _run(problem, "raise" if throw else "return")
+    report = Report(*(_shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))
+    info = SolveInfo(
+        status_code=report.status.to(torch.int64),
+        method_code=report.method.to(torch.int64),
+        iterations=report.iterations.to(torch.int64),
+        optimality=report.optimality,
+        forward_error=report.residual_error if problem.wide else report.solution_error,
+        condition=report.condition,
+        rank=report.rank.to(torch.int64),
+    )
+    solution = _shaped(r if problem.wide else x, problem)
+    if problem.wide or weights is not None:
+        residual = problem.b - problem.A @ solution
+    else:
+        residual = _shaped(r, problem)
+    return Solution(solution, residual, info)
+
+
+class _Problem(NamedTuple):
+    """Checked arguments of one dtype."""
+
+    A: SparseMatrix
+    b: Tensor
+    damp: Tensor | None
+    weights: Tensor | None
+    settings: int
+
+    @property
+    def wide(self) -> bool:
+        return self.A.shape[0] < self.A.shape[1]
+
+
+def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, x, report) of K (r, x) = (b, 0); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
+    A, b, damp, weights, settings = problem
+    columns = b[None] if b.ndim == 2 else b[None, :, None]
+    pattern, values = A.pattern, A.values
+    if weights is not None:
+        root = weights.sqrt().to(values.dtype)[None, :, None]
+        ones = values.new_ones((1, pattern.shape[1], 1))
+        values = values * sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
+        columns = root * columns
+    damp = None if damp is None else damp[None]
+    if not problem.wide:
+        m, n = pattern.shape
+        return solve_augmented(values[None], damp, columns, None, pattern.indices, m, n, settings, on_failure)
+    n, m = pattern.shape
+    return solve_augmented(torch.conj_physical(values)[None], damp, None, columns, pattern.T.indices, m, n, settings, on_failure)
+
+
+def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
+    """(1, rows, k) -> (rows, k) or (rows,); (1, 1, k) -> (k,) or () for numbers of columns."""
+    columns = columns[0]
+    if problem.b.ndim == 1:
+        columns = columns[:, 0]
+    return columns if single_dims else columns[0]
+
+
+def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
+    """Check every argument before any work; one clear error each."""
+    if isinstance(A, Tensor) and A.layout in LAYOUTS:
+        A = SparseMatrix.from_torch(A)
+    if not isinstance(A, SparseMatrix):
+        got = f"a dense tensor of shape {tuple(A.shape)}" if isinstance(A, Tensor) else type(A).__name__
+        raise TypeError(f"A must be a SparseMatrix or a torch sparse COO, CSR or CSC tensor, got {got}")
+    single(A, "A")
+    m, _ = A.shape
+    if not isinstance(b, Tensor) or b.layout != torch.strided:
+        got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
+        raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}")
+    if b.ndim not in (1, 2) or b.shape[0] != m:
+        hint = "; for a batch of right-hand sides use torch.vmap, or columns" if b.ndim > 2 else ""
+        raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {A.shape}, got {tuple(b.shape)}{hint}")
+    if b.device != A.device:
+        raise ValueError(f"b is on {b.device}, A is on {A.device}")
+    dtype = torch.promote_types(A.dtype, b.dtype)
+    if A.dtype not in DTYPES or dtype not in DTYPES:
+        raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {A.dtype} and {b.dtype}")
+    real = torch.empty((), dtype=dtype).real.dtype
+    if damp is not None:
+        if isinstance(damp, Tensor) and damp.ndim == 0 and not damp.is_complex():
+            damp = damp.to(device=A.device, dtype=real)
+        elif isinstance(damp, (int, float)) and not isinstance(damp, bool):
+            damp = torch.full((), damp, dtype=real, device=A.device)
+        else:
+            got = f"shape {tuple(damp.shape)}, {damp.dtype}" if isinstance(damp, Tensor) else repr(damp)
+            raise TypeError(f"damp must be a non-negative number or a 0-d real tensor, got {got}")
+    if weights is not None:
+        if not isinstance(weights, Tensor) or weights.is_complex():
+            got = str(weights.dtype) if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"weights must be a real tensor of shape ({m},), got {got}")
+        if weights.shape != (m,):
+            raise ValueError(f"weights must have shape ({m},), one for each row of A, got {tuple(weights.shape)}")
+        weights = weights.to(device=A.device, dtype=real)
+    if solver is not None and not callable(getattr(solver, "prepare", None)):
+        raise TypeError(f"solver must be None or a solver such as Dense() or CGLS(), got {solver!r}")
+    if rank_deficient not in ("raise", "minimum_norm"):
+        raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
+    for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights)):
+        _check_numbers(name, tensor)
+    settings = number_of(Settings(Auto() if solver is None else solver, rank_deficient == "minimum_norm"))
+    A = SparseMatrix(A.values.to(dtype), A.pattern)
+    return _Problem(A, b.to(dtype), damp, weights, settings)
+
+
+def _check_numbers(name: str, tensor: Tensor | None) -> None:
+    if tensor is None or is_traced(tensor) or not tensor.numel():
+        return
+    numbers = concrete(tensor)
+    if not bool(torch.isfinite(numbers).all()):
+        what = "NaN" if bool(torch.isnan(numbers).any()) else "infinity"
+        raise ValueError(f"{name} must be finite, got {what} in it")
+    if name in ("damp", "weights") and bool((numbers < 0).any()):
+        raise ValueError(f"{name} must not be negative, got {float(numbers.min()):g}")

@@ -1,0 +1,218 @@
+"""SparseMatrix(values, pattern): a pytree with one leaf, the values; conversions from and to torch and SciPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from .pattern import SparsePattern
+from .products import multiply
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+
+
+class SparseMatrix:
+    """A sparse matrix whose values are differentiable and whose pattern is fixed.
+
+    A pytree for torch.func and optree with `values` as its one leaf: `torch.func.grad(loss)(A)` is a SparseMatrix on
+    the same pattern, whose values are the gradient in the caller's own order.
+
+    Args:
+        values: (nnz,) tensor of float32, float64, complex64 or complex128; `values[k]` sits at `indices[:, k]`. Leading
+            dimensions make a batch on one pattern, for `torch.vmap` to take apart.
+        pattern: where the values sit.
+
+    Raises:
+        TypeError: values or pattern are of another type.
+        ValueError: the number of values is not that of the pattern, or their devices differ.
+
+    >>> A = SparseMatrix(torch.tensor([1.0, 2.0, 3.0]), SparsePattern(torch.tensor([[0, 2, 1], [0, 1, 0]]), (3, 2)))
+    >>> A
+    SparseMatrix(shape=(3, 2), nnz=3, dtype=torch.float32)
+    >>> A @ torch.tensor([1.0, 10.0])
+    tensor([ 1.,  3., 20.])
+    >>> A.T @ torch.ones(3)
+    tensor([4., 2.])
+    """
+
+    __slots__ = ("pattern", "values")
+    values: Tensor
+    pattern: SparsePattern
+
+    def __init__(self, values: Tensor, pattern: SparsePattern):
+        if not isinstance(pattern, SparsePattern):
+            raise TypeError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor, got {type(values).__name__}")
+        if values.dtype not in DTYPES:
+            raise TypeError(f"values must be float32, float64, complex64 or complex128, got {values.dtype}")
+        if values.ndim < 1 or values.shape[-1] != pattern.nnz:
+            raise ValueError(
+                f"values must have shape ({pattern.nnz},), one for each entry of the pattern, got {tuple(values.shape)}"
+            )
+        if values.device != pattern.device:
+            raise ValueError(f"values are on {values.device}, their pattern is on {pattern.device}")
+        self.values, self.pattern = values, pattern
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return self.pattern.shape
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored entries."""
+        return self.pattern.nnz
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the values and of the pattern."""
+        return self.values.device
+
+    @property
+    def T(self) -> SparseMatrix:
+        """The transpose, with the same values on the transposed pattern."""
+        return SparseMatrix(self.values, self.pattern.T)
+
+    @property
+    def H(self) -> SparseMatrix:
+        """The conjugate transpose."""
+        return SparseMatrix(self.values.conj(), self.pattern.T)
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """A X for a dense X of shape (n,) or (n, k), differentiable by both, to any order. Cost: 2 nnz k operations."""
+        if not isinstance(X, Tensor):
+            return NotImplemented
+        if X.layout != torch.strided:
+            raise TypeError(f"A @ X takes a dense X, got layout {X.layout}")
+        single(self, "A")
+        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
+            raise ValueError(f"A @ X needs X of shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(X.shape)}")
+        dtype = torch.promote_types(self.dtype, X.dtype)
+        columns = X.to(dtype)[None] if X.ndim == 2 else X.to(dtype)[None, :, None]
+        values = self.values.to(dtype)[None]
+        product = multiply(values, columns, self.pattern.indices, *self.shape, False)[0]
+        return product if X.ndim == 2 else product[:, 0]
+
+    def to(self, *args: Any, **options: Any) -> SparseMatrix:
+        """Like `torch.Tensor.to`: another dtype or device, values and pattern together."""
+        values = self.values.to(*args, **options)
+        return SparseMatrix(values, self.pattern.to(values.device))
+
+    def to_dense(self) -> Tensor:
+        """The dense (m, n) tensor, differentiable by the values."""
+        single(self, "A")
+        (rows, columns), (m, n) = self.pattern.indices, self.shape
+        return self.values.new_zeros(m * n).scatter(0, rows * n + columns, self.values).view(m, n)
+
+    def to_torch(self, layout: torch.layout = torch.sparse_coo) -> Tensor:
+        """The torch sparse tensor of the given layout: torch.sparse_coo, torch.sparse_csr or torch.sparse_csc."""
+        single(self, "A")
+        if layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(
+                self.pattern.indices, self.values, self.shape, check_invariants=False
+            ).coalesce()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be torch.sparse_coo, torch.sparse_csr or torch.sparse_csc, got {layout!r}")
+        rows_first = layout == torch.sparse_csr
+        where = self.pattern.rows if rows_first else self.pattern.columns
+        values = self.values if where.order is None else self.values.index_select(0, where.order)
+        make = torch.sparse_csr_tensor if rows_first else torch.sparse_csc_tensor
+        return make(where.pointers.long(), where.indices.long(), values, self.shape, check_invariants=False)
+
+    @staticmethod
+    def from_torch(A: Tensor) -> SparseMatrix:
+        """From a torch sparse COO (duplicates are added up), CSR or CSC tensor; gradients flow back to it.
+
+        Works on a tensor that a function under torch.func closes over too.
+
+        >>> SparseMatrix.from_torch(torch.eye(3).to_sparse_csr())
+        SparseMatrix(shape=(3, 3), nnz=3, dtype=torch.float32)
+        """
+        if not isinstance(A, Tensor) or A.layout not in LAYOUTS:
+            got = f"layout {A.layout}" if isinstance(A, Tensor) else type(A).__name__
+            raise TypeError(f"A must be a torch sparse COO, CSR or CSC tensor, got {got}")
+        if A.ndim != 2:
+            raise ValueError(f"A must have two dimensions, got shape {tuple(A.shape)}")
+        with torch._C._DisableFuncTorch():  # sparse tensors have no strides, which torch.func asks for (pytorch#136357)
+            if A.layout == torch.sparse_coo:
+                A = A.coalesce()
+                indices, values = A.indices(), A.values()
+            else:
+                by_row = A.layout == torch.sparse_csr
+                pointers = A.crow_indices() if by_row else A.ccol_indices()
+                inner, values = A.col_indices() if by_row else A.row_indices(), A.values()
+                outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=A.device), pointers.diff())
+                indices = torch.stack([outer, inner] if by_row else [inner, outer])
+            if values.ndim != 1:
+                raise ValueError(f"A must have scalar entries, got entries of shape {tuple(values.shape[1:])}")
+            return SparseMatrix(values, SparsePattern(indices, (A.shape[0], A.shape[1])))
+
+    @staticmethod
+    def from_scipy(A: scipy.sparse.sparray | scipy.sparse.spmatrix, device: torch.device | str = "cpu") -> SparseMatrix:
+        """From any SciPy sparse matrix or array; duplicates are added up, integers become float64.
+
+        >>> import scipy.sparse
+        >>> SparseMatrix.from_scipy(scipy.sparse.eye_array(3))
+        SparseMatrix(shape=(3, 3), nnz=3, dtype=torch.float64)
+        """
+        if not hasattr(A, "tocoo"):
+            raise TypeError(f"A must be a SciPy sparse matrix, got {type(A).__name__}")
+        A = A.tocsr().tocoo()  # by way of CSR, which adds duplicates up
+        A.sum_duplicates()
+        values = torch.as_tensor(A.data)
+        values = values if values.dtype in DTYPES else values.to(torch.float64)
+        indices = torch.stack([torch.as_tensor(A.row).long(), torch.as_tensor(A.col).long()])
+        return SparseMatrix(values.to(device), SparsePattern(indices.to(device), A.shape))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.values, Tensor):  # a pytree's leaf may be anything
+            return f"SparseMatrix({self.values!r}, {self.pattern!r})"
+        batch = tuple(self.values.shape[:-1])
+        parts = [f"shape={self.shape}", f"nnz={self.nnz}", f"dtype={self.dtype}"]
+        parts += [f"batch={batch}"] if batch else []
+        parts += [f"device='{self.device}'"] if self.device.type != "cpu" else []
+        parts += ["requires_grad=True"] if self.values.requires_grad else []
+        return f"SparseMatrix({', '.join(parts)})"
+
+
+def single(A: SparseMatrix, name: str) -> None:
+    """Refuse a batch of matrices where one is wanted."""
+    if A.values.ndim != 1:
+        raise ValueError(
+            f"{name} has values of shape {tuple(A.values.shape)}, wanted ({A.nnz},); for a batch use torch.vmap over A"
+        )
+
+
+def _flatten(A: SparseMatrix) -> tuple[list, SparsePattern]:
+    return [A.values], A.pattern
+
+
+def _unflatten(leaves: Any, pattern: SparsePattern) -> SparseMatrix:
+    A = object.__new__(SparseMatrix)  # no checks: a pytree holds axes, None or any other object in place of a leaf
+    (A.values,), A.pattern = leaves, pattern
+    return A
+
+
+torch_pytree.register_pytree_node(
+    SparseMatrix, _flatten, _unflatten, serialized_type_name="functional_lstsq.SparseMatrix"
+)
+optree.register_pytree_node(
+    SparseMatrix,
+    lambda A: ((A.values,), A.pattern, ("values",)),
+    lambda pattern, leaves: _unflatten(leaves, pattern),
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)

@@ -1,0 +1,241 @@
+"""Products with a sparse matrix: the primitives `multiply` and `sample`, and the one place that picks sparse kernels.
+
+    multiply(values, X) = A X  or  A^H Y            sample(U, W)[k] = U[i_k] . conj(W[j_k])
+
+Both are bilinear, and each is the derivative of the other:
+
+    Y = A X          X_bar = A^H Y_bar     values_bar = sample(Y_bar, X)
+    X = A^H Y        Y_bar = A X_bar       values_bar = sample(Y, X_bar)
+    v = sample(U, W) U_bar = A(v_bar) W    W_bar = A(v_bar)^H U
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pattern import Orientation, SparsePattern, find_pattern
+from .transforms import (
+    Primitive,
+    define,
+    join_columns,
+    join_matrices,
+    lead,
+    split_columns,
+    split_matrices,
+)
+
+with warnings.catch_warnings():  # torch says once per process that CSR tensors are in beta; we know what we use of them
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, check_invariants=False)
+
+
+class Operator:
+    """P matrices on one pattern with their values gathered into both orientations, for repeated products.
+
+    Plain tensors only: this is what solvers work with, below every transformation. P matrices act as one
+    block-diagonal matrix, so that a batch is one call of one kernel.
+
+    Args:
+        pattern: positions of the entries, shape (m, n).
+        values: (P, nnz) in the pattern's own order.
+    """
+
+    def __init__(self, pattern: SparsePattern, values: Tensor):
+        self.pattern, self.values = pattern, values.resolve_conj()
+        self.copies, self.dtype, self.device = values.shape[0], values.dtype, values.device
+        self.m, self.n = pattern.shape
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The block-diagonal matrix as torch CSR."""
+        return self._compressed(self.values, self.pattern.repeated(self.copies), self.m, self.n)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Its adjoint as torch CSR of its own: a product with a CSR's transpose would sort anew every time."""
+        values = self.values.conj().resolve_conj()
+        return self._compressed(values, self.pattern.T.repeated(self.copies), self.n, self.m)
+
+    def _compressed(self, values: Tensor, where: Orientation, m: int, n: int) -> Tensor:
+        values = values if where.order is None else values.index_select(1, where.order)
+        size = (self.copies * m, self.copies * n)
+        return torch.sparse_csr_tensor(
+            where.pointers, where.indices, values.reshape(-1), size, check_invariants=False
+        )
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """A X for X of shape (P, n, k)."""
+        return self._product("rows", X, self.m)
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """A^H Y for Y of shape (P, m, k)."""
+        return self._product("columns", Y, self.n)
+
+    def _product(self, which: str, X: Tensor, rows: int) -> Tensor:
+        k = X.shape[2]
+        if not (self.pattern.nnz and k and self.copies):
+            return X.new_zeros((self.copies, rows, k))
+        flat = X.reshape(-1, k).contiguous()
+        return (getattr(self, which) @ flat).view(self.copies, rows, k)
+
+    def gram(self) -> Tensor:
+        """A^H A as a dense tensor (P, n, n), from a sparse product."""
+        n = self.n
+        if not self.pattern.nnz:
+            return self.values.new_zeros((self.copies, n, n))
+        product = self.columns @ self.rows
+        dense = self.values.new_zeros((self.copies * n, n))
+        counts = product.crow_indices().diff()
+        rows = torch.repeat_interleave(torch.arange(self.copies * n, device=self.device), counts)
+        dense[rows, product.col_indices() % max(n, 1)] = product.values()
+        return dense.view(self.copies, n, n)
+
+    def absolute(self) -> Operator:
+        """The operator of the absolute values."""
+        return Operator(self.pattern, self.values.abs())
+
+
+def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
+    operator = Operator(find_pattern(indices, m, n), values)
+    X = X.resolve_conj()
+    return operator.adjoint(X) if adjoint else operator.matmul(X)
+
+
+def _sample_kernel(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
+    pattern, (copies, _, k) = find_pattern(indices, m, n), U.shape
+    if not (pattern.nnz and k and copies):
+        return U.new_zeros((copies, pattern.nnz))
+    if U.device.type == "cpu" and not torch.backends.mkl.is_available():
+        return _sample_by_gathers(U, W, pattern)
+    where = pattern.repeated(copies)
+    mask = torch.sparse_csr_tensor(
+        where.pointers,
+        where.indices,
+        U.new_zeros(copies * pattern.nnz),
+        (copies * m, copies * n),
+        check_invariants=False,
+    )
+    left, right = U.reshape(-1, k).resolve_conj(), W.reshape(-1, k).mH.resolve_conj()
+    found = torch.sparse.sampled_addmm(mask, left, right, beta=0.0).values().view(copies, -1)
+    if where.order is None:
+        return found
+    result = torch.empty_like(found)
+    result[:, where.order] = found
+    return result
+
+
+def _sample_by_gathers(U: Tensor, W: Tensor, pattern: SparsePattern) -> Tensor:
+    """For torch builds whose sampled product is missing; a few columns at a time, to bound the memory."""
+    rows, columns = pattern.indices
+    width = max(1, 2**24 // max(1, U.shape[0] * pattern.nnz))
+    total = U.new_zeros((U.shape[0], pattern.nnz))
+    for u, w in zip(U.split(width, 2), W.split(width, 2), strict=True):
+        total += (u.index_select(1, rows) * w.index_select(1, columns).conj()).sum(2)
+    return total
+
+
+def _multiply_fake(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
+    return X.new_empty((X.shape[0], n if adjoint else m, X.shape[2]))
+
+
+def _sample_fake(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
+    return U.new_empty((U.shape[0], indices.shape[1]))
+
+
+_multiply = define(
+    "multiply(Tensor values, Tensor X, Tensor indices, SymInt m, SymInt n, bool adjoint) -> Tensor",
+    _multiply_kernel,
+    _multiply_fake,
+)
+_sample = define(
+    "sample(Tensor U, Tensor W, Tensor indices, SymInt m, SymInt n) -> Tensor", _sample_kernel, _sample_fake
+)
+
+
+class _Shape(NamedTuple):
+    m: int
+    n: int
+    adjoint: bool = False
+
+
+class _Multiply(Primitive):
+    @classmethod
+    def forward(cls, static: _Shape, values: Tensor, X: Tensor, indices: Tensor) -> Tensor:
+        return _multiply(values.contiguous(), X.contiguous(), indices, *static)
+
+    @classmethod
+    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
+        (values, X, indices), (bar,), (m, n, adjoint) = inputs, cotangents, static
+        values_bar = X_bar = None
+        if needed[0]:
+            left, right = (X, bar) if adjoint else (bar, X)
+            values_bar = sample(left, right, indices, m, n)
+        if needed[1]:
+            X_bar = multiply(values, bar, indices, m, n, not adjoint)
+        return values_bar, X_bar, None
+
+    @classmethod
+    def jvp_rule(cls, static, inputs, outputs, tangents):
+        (values, X, indices), (values_dot, X_dot, _) = inputs, tangents
+        terms = []
+        if values_dot is not None:
+            terms.append(multiply(values_dot, X, indices, *static))
+        if X_dot is not None:
+            terms.append(multiply(values, X_dot, indices, *static))
+        return sum(terms[1:], terms[0])
+
+    @classmethod
+    def vmap(cls, info, in_dims, static, values, X, indices):
+        _, of_values, of_X, _ = in_dims
+        size = info.batch_size
+        if of_values is None:
+            return split_columns(multiply(values, join_columns(X, of_X, size), indices, *static), size), 2
+        values, X = join_matrices(values, of_values, size), join_matrices(X, of_X, size)
+        return split_matrices(multiply(values, X, indices, *static), size), 0
+
+
+class _Sample(Primitive):
+    @classmethod
+    def forward(cls, static: _Shape, U: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+        return _sample(U.contiguous(), W.contiguous(), indices, static.m, static.n)
+
+    @classmethod
+    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
+        (U, W, indices), (bar,), (m, n, _) = inputs, cotangents, static
+        U_bar = multiply(bar, W, indices, m, n, False) if needed[0] else None
+        W_bar = multiply(bar, U, indices, m, n, True) if needed[1] else None
+        return U_bar, W_bar, None
+
+    @classmethod
+    def jvp_rule(cls, static, inputs, outputs, tangents):
+        (U, W, indices), (U_dot, W_dot, _), (m, n, _) = inputs, tangents, static
+        terms = []
+        if U_dot is not None:
+            terms.append(sample(U_dot, W, indices, m, n))
+        if W_dot is not None:
+            terms.append(sample(U, W_dot, indices, m, n))
+        return sum(terms[1:], terms[0])
+
+    @classmethod
+    def vmap(cls, info, in_dims, static, U, W, indices):
+        _, of_U, of_W, _ = in_dims
+        size = info.batch_size
+        U, W = (lead(tensor, dim, size).flatten(0, 1) for tensor, dim in ((U, of_U), (W, of_W)))
+        return split_matrices(sample(U, W, indices, static.m, static.n), size), 0
+
+
+@torch.compiler.allow_in_graph
+def multiply(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
+    """A X of shape (P, m, k), or A^H X of shape (P, n, k), for values (P, nnz) and X (P, n or m, k)."""
+    return _Multiply.apply(_Shape(m, n, adjoint), values, X, indices)
+
+
+@torch.compiler.allow_in_graph
+def sample(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
+    """The entries (P, nnz) of U W^H at the stored positions, for U (P, m, k) and W (P, n, k)."""
+    return _Sample.apply(_Shape(m, n), U, W, indices)

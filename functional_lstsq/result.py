@@ -1,0 +1,128 @@
+"""What a solve gives back: the solution, what is known of it, and the errors when there is none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transforms import concrete
+
+CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT = range(4)
+STATUSES = ("converged", "inaccurate", "iteration limit reached", "rank deficient")
+_methods: list[str] = []
+
+
+class ConvergenceError(torch.linalg.LinAlgError):
+    """The estimated forward error of a solve is larger than what the solver accepts."""
+
+
+class RankDeficientError(torch.linalg.LinAlgError):
+    """The matrix has no full rank, so that the solution is not unique and has no derivative in every direction."""
+
+
+class Report(NamedTuple):
+    """What a solver says of its answer to K (r, x) = (b, c); every field has shape (P, k), in double precision."""
+
+    status: Tensor
+    method: Tensor
+    iterations: Tensor
+    optimality: Tensor
+    residual_error: Tensor
+    solution_error: Tensor
+    condition: Tensor
+    rank: Tensor
+
+
+def method_code(name: str) -> int:
+    """The number that stands for a method in a report, which must be a tensor to pass through vmap."""
+    if name not in _methods:
+        _methods.append(name)
+    return _methods.index(name)
+
+
+class SolveInfo(NamedTuple):
+    """What is known of a solution. Numbers are 0-d tensors for b of shape (m,), of shape (k,) for b (m, k).
+
+    A NamedTuple, hence a pytree of tensors: it passes through `has_aux`, `vmap` and the like.
+
+    Attributes:
+        status_code: 0 for success; `status` says it in words.
+        method_code: which method answered; `method` gives its name.
+        iterations: iterations of conjugate gradients, of all refinements together.
+        optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient.
+        forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by.
+        condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1
+            (of its rows where A is wide).
+        rank: numerical rank of A (of A with its damping).
+    """
+
+    status_code: Tensor
+    method_code: Tensor
+    iterations: Tensor
+    optimality: Tensor
+    forward_error: Tensor
+    condition: Tensor
+    rank: Tensor
+
+    @property
+    def status(self) -> str:
+        """In words; the worst one where there are several columns."""
+        codes = concrete(self.status_code)
+        return STATUSES[int(codes.max())] if codes.numel() else STATUSES[CONVERGED]
+
+    @property
+    def method(self) -> str:
+        """Name of the method that answered, or of the several that did."""
+        return ", ".join(_methods[code] for code in concrete(self.method_code).unique().tolist())
+
+    def __repr__(self) -> str:
+        numbers = {name: getattr(self, name) for name in self._fields[2:]}
+        shown = (f"{name}={_show(concrete(value))}" for name, value in numbers.items())
+        return f"SolveInfo(status={self.status!r}, method={self.method!r}, {', '.join(shown)})"
+
+
+def _show(tensor: Tensor) -> str:
+    if tensor.ndim == 0:
+        return f"{tensor.item():.2g}" if tensor.is_floating_point() else str(tensor.item())
+    return str(tensor.tolist()) if tensor.numel() <= 4 else f"<{tuple(tensor.shape)}>"
+
+
+class Solution(NamedTuple):
+    """x, the residual b - A x, and `info`; a NamedTuple, hence a pytree."""
+
+    x: Tensor
+    residual: Tensor
+    info: SolveInfo
+
+
+def check(report: Report, shape: tuple[int, int], accept: float, hint: str) -> None:
+    """Raise what a report of failure calls for; one host synchronisation when all is well."""
+    failed = report.status != CONVERGED
+    if not bool(failed.any()):
+        return
+    p, column = (int(i) for i in failed.nonzero()[0])
+    figures = {name: float(getattr(report, name)[p, column]) for name in Report._fields}
+    matrices, columns = failed.shape
+    where = ""
+    if matrices * columns > 1:
+        which = f"column {column}" if matrices == 1 else f"matrix {p} of the batch, column {column}"
+        where = f" ({int(failed.sum())} of {matrices * columns} right-hand sides failed; the first: {which})"
+    m, n = shape
+    method = _methods[int(figures["method"])]
+    if figures["status"] == RANK_DEFICIENT:
+        known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {min(m, n)}"
+        raise RankDeficientError(
+            f"the {m} x {n} matrix has {known}, not full rank {min(m, n)}, by method {method}{where}: the solution is "
+            "not unique. Pass rank_deficient='minimum_norm' for the one of least norm, or damp > 0, or remove the "
+            "dependent columns" + (f". {hint}" if hint else "")
+        )
+    error = max(figures["residual_error"], figures["solution_error"])
+    raise ConvergenceError(
+        f"method {method} ended after {int(figures['iterations'])} iterations with status "
+        f"'{STATUSES[int(figures['status'])]}'{where}: estimated forward error {error:.1e} is above what is accepted, "
+        f"{accept:.1e}; optimality {figures['optimality']:.1e}, condition number about {figures['condition']:.1e}. "
+        f"Try damp > 0, rescale or remove nearly dependent columns, or pass throw=False to solve to see how far it "
+        f"came" + (f"; {hint}" if hint else "")
+    )

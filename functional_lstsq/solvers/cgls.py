@@ -1,0 +1,127 @@
+"""Conjugate gradients on the extended normal equations, without a factor: for problems of any size.
+
+    A^H A x + d^2 x = A^H b - c,    r = b - A x      (columns scaled to norm about 1)
+
+A small gradient says nothing of directions in which A is weak and which the iteration has not found yet. So before
+anything is solved, one problem with a known random solution is: the iteration goes on until that solution is
+found in every direction, which costs about one solve per matrix and gives the extreme singular values. From then on
+|error| <= |gradient| / sigma_min^2 holds, and a last correction measures the error that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..result import ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
+from .refine import refine, report
+from .system import EPS, Run, System, cgls, norm
+
+
+@dataclass(frozen=True)
+class CGLS:
+    """Preconditioned conjugate gradients; each iteration is one product with A and one with A^H, for all columns.
+
+    Args:
+        tolerance: forward error to aim at, relative; None for 1e-11 (1e-9 for single precision).
+        max_iterations: per run; an answer that is not reached by then raises `ConvergenceError`.
+        callback: called with (iteration, norm of the gradient) after every iteration.
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 20_000
+    callback: Callable[[int, float], object] | None = None
+
+    def __post_init__(self):
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance!r}")
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations!r}")
+
+    def prepare(self, system: System, *, minimum_norm: bool) -> _Prepared:
+        """Find the extreme singular values of `system`; the result solves for any right-hand side."""
+        return _Prepared(self, system)
+
+
+class _Prepared:
+    def __init__(self, settings: CGLS, system: System):
+        self.settings, self.system = settings, system
+        self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
+        self._measure()
+
+    def _measure(self) -> None:
+        """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free."""
+        system = self.system
+        known = system.signs(system.scale).to(system.A.dtype)
+        b = system.A.matmul(known)
+        c = -torch.zeros_like(known) if system.d2 is None else -system.d2 * known
+        whole = norm(known)
+        smallest, error = norm(b) / whole, whole
+        largest = torch.ones_like(smallest)
+
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
+            nonlocal smallest, largest, error
+            missing = known - y
+            error, energy = norm(missing), norm(r).square()
+            if system.d2 is not None:
+                energy = energy + norm(system.d2.sqrt() * missing).square()
+            found = energy.sqrt() / error
+            smallest = torch.where(error > 0, torch.minimum(smallest, found), smallest)
+            largest = torch.maximum(largest, gamma.sqrt() / energy.sqrt())  # |A^H r| / |r|
+            # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
+            return (error <= 0.03 / system.n**0.5 * whole) | (smallest <= system.tolerance * largest)
+
+        cgls(
+            system, b, c, lambda g: g, converged, limit=self.settings.max_iterations, callback=self.settings.callback
+        )
+        self.smallest, self.largest = smallest, largest
+        self.deficient = smallest <= system.tolerance * largest
+        self.hidden = ~self.deficient & (error > 0.03 / system.n**0.5 * whole)  # out of iterations, some unseen
+
+    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
+        """Solve K (r, y) = (b, c) in the scaled unknowns."""
+        system, failed = self.system, self.deficient | self.hidden
+        limited = self.hidden.expand(-1, b.shape[2])
+        # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
+        b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
+        first = True
+
+        def correct(b: Tensor, c: Tensor) -> Run:
+            nonlocal first, limited
+            run = self._run(b, c, self.target if first else 0.05)
+            limited = limited | (run.iterations >= self.settings.max_iterations)
+            first = False
+            return run
+
+        refined = refine(system, b, c, correct, target=10 * self.target, probe=False)
+        answer = report(
+            system,
+            b,
+            c,
+            refined,
+            method=method_code("cgls"),
+            largest=self.largest,
+            smallest=self.smallest,
+            rank=torch.where(failed, -1, system.n),
+            limited=limited,
+        )
+        error = torch.where(failed, torch.inf, answer.solution_error)
+        status = torch.where(self.hidden, ITERATION_LIMIT, answer.status)
+        status = torch.where(self.deficient, RANK_DEFICIENT, status)
+        return refined.r, refined.y, answer._replace(status=status, solution_error=error)
+
+    def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
+        limit, size = tolerance * self.smallest.square(), norm(c)
+
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
+            gradient = gamma.sqrt()
+            rounding = EPS * (self.largest * norm(r) + size)
+            return (gradient <= limit * norm(y)) | (gradient <= rounding)
+
+        settings = self.settings
+        return cgls(
+            self.system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback
+        )

@@ -1,0 +1,158 @@
+"""Dense factorisation for problems with few columns, batched over values.
+
+    min |A x - b|:   A^H A = L L^H   by Cholesky where the condition number allows it, else
+                     A = Q R, R = U S V^H   with Q never stored: rows are taken in blocks (TSQR)
+
+Either gives a preconditioner with which conjugate gradients on the augmented system need one to three iterations; the
+refinement around them gives the accuracy. Factor: n^3 / 3 operations after a sparse product for A^H A, or 2 m n^2 and
+an SVD of n x n; memory n^2 for each matrix of the batch; a solve is some ten applications of the factor, each n^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..result import RANK_DEFICIENT, Report, method_code
+from .refine import refine, report
+from .system import EPS, Run, System, cgls, dot
+
+# Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
+_CHOLESKY_CONDITION = 1e6
+_BLOCK = 2**24  # entries of a dense block of rows
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Factor A^H A (or A, where that is too ill-conditioned) densely and refine; finds the rank.
+
+    For problems whose smaller dimension is at most a few thousand. Batched over values.
+
+    >>> import functional_lstsq as fl
+    >>> A = fl.SparseMatrix(torch.tensor([1.0, 2.0, 3.0]), fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2)))
+    >>> fl.solve(A, torch.tensor([1.0, 2.0, 3.0]), solver=fl.Dense()).info.method
+    'dense-cholesky'
+    """
+
+    def prepare(self, system: System, *, minimum_norm: bool) -> _Factors:
+        """Factor `system`; the result solves for any right-hand side."""
+        return _Factors(system, minimum_norm)
+
+
+class _Factors:
+    """(A^H A + d^2)^+ as `apply`, with singular values, rank and the null space of A where there is one."""
+
+    def __init__(self, system: System, minimum_norm: bool):
+        self.system, self.minimum_norm = system, minimum_norm
+        gram = system.A.gram()
+        if system.d2 is not None:
+            gram.diagonal(dim1=1, dim2=2).add_(system.d2[:, :, 0])
+        self.L, failures = torch.linalg.cholesky_ex(gram)
+        self.largest = _power(lambda v: gram @ v, system).sqrt()
+        self.smallest = _power(lambda v: torch.cholesky_solve(v, self.L), system).rsqrt()
+        doubtful = (failures != 0) | ~(self.largest[:, 0] < _CHOLESKY_CONDITION * self.smallest[:, 0])
+        self.rank = torch.full_like(self.largest, system.n)
+        self.null: Tensor | None = None
+        self.inverse: Tensor | None = None
+        self.method = torch.where(doubtful, method_code("dense-qr"), method_code("dense-cholesky"))[:, None]
+        if bool(doubtful.any()):
+            self._decompose(doubtful.nonzero()[:, 0])
+
+    def _decompose(self, which: Tensor) -> None:
+        """Singular values and vectors of the matrices `which`, without squaring the condition number."""
+        system = self.system
+        _, s, Vh = torch.linalg.svd(_triangle(system, which))
+        V = Vh.mH
+        keep = s > system.tolerance * s[:, :1]
+        rank = keep.sum(1, keepdim=True)
+        self.rank[which] = rank.to(self.rank.dtype)
+        self.largest[which] = s[:, :1]
+        self.smallest[which] = torch.where(rank > 0, s.gather(1, (rank - 1).clamp_min(0)), 0.0)
+        everything = torch.zeros_like(self.L)
+        sound = torch.ones(system.copies, dtype=torch.bool, device=which.device)
+        sound[which] = False
+        eye = torch.eye(system.n, dtype=V.dtype, device=V.device)
+        everything[sound] = torch.linalg.solve_triangular(self.L[sound], eye, upper=False).mH
+        everything[which] = V * torch.where(keep, 1 / s, 0.0)[:, None]
+        self.inverse = everything  # B with B B^H = (A^H A + d^2)^+
+        nullity = int((~keep).sum(1).max())
+        if nullity:
+            # The null space of A is D^-1 times that of the scaled matrix. Null vectors first, zeros behind: QR would
+            # take made-up directions for the zeros, which are masked again.
+            lost = ~keep.flip(1)[:, None, :nullity]
+            vectors = torch.where(lost, V.flip(2)[:, :, :nullity] / system.scale[which], 0.0)
+            Q = torch.where(lost, torch.linalg.qr(vectors).Q, 0.0)
+            self.null = Q.new_zeros((system.copies, system.n, nullity))
+            self.null[which] = Q
+
+    def apply(self, g: Tensor) -> Tensor:
+        """(A^H A + d^2)^+ g"""
+        if self.inverse is None:
+            return torch.cholesky_solve(g, self.L)
+        return self.inverse @ (self.inverse.mH @ g)
+
+    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
+        """Solve K (r, y) = (b, c) in the scaled unknowns; with a null space, K^+ in the unscaled ones."""
+        system = self.system
+        if self.null is not None:
+            c = self._project(c * system.scale) / system.scale
+        refined = refine(system, b, c, self._correct, target=4 * EPS, probe=True)
+        if self.null is not None:
+            x = self._project(refined.y / system.scale)
+            lost = EPS * (self.largest / self.smallest) * torch.linalg.vector_norm(x, dim=1)
+            refined = refined._replace(y=x * system.scale, solution_error=refined.solution_error + lost)
+        answer = report(
+            system,
+            b,
+            c,
+            refined,
+            method=self.method,
+            largest=self.largest,
+            smallest=self.smallest,
+            rank=self.rank,
+        )
+        if not self.minimum_norm:
+            deficient = self.rank < system.n
+            answer = answer._replace(status=torch.where(deficient, RANK_DEFICIENT, answer.status))
+        return refined.r, refined.y, answer
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x - self.null @ (self.null.mH @ x)
+
+    def _correct(self, b: Tensor, c: Tensor) -> Run:
+        g = self.system.gradient(b, torch.zeros_like(c), c)
+        goal = 1e-6 * dot(g, self.apply(g))  # three digits a correction
+        return cgls(self.system, b, c, self.apply, lambda r, y, g, gamma: gamma <= goal, limit=20, rises=3)
+
+
+def _power(apply, system: System) -> Tensor:
+    """Largest eigenvalue (P, 1) of a positive definite operator, by ten power iterations on four vectors."""
+    v = system.signs(system.scale.expand(-1, -1, 4)).to(system.A.dtype)
+    size = torch.ones_like(v[:, :1].real)
+    for _ in range(10):
+        v = v / size
+        v = apply(v)
+        size = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return size[:, 0].amax(1, keepdim=True)
+
+
+def _triangle(system: System, which: Tensor) -> Tensor:
+    """R (P', n, n) of the QR factorisations of the matrices `which`, with the damping below A; rows in blocks."""
+    n, count, where = system.n, len(which), system.A.pattern.rows
+    values = system.A.values[which]
+    values = values if where.order is None else values[:, where.order]
+    if system.d2 is None:
+        R = values.new_zeros((count, n, n))
+    else:
+        R = torch.diag_embed(system.d2[which, :, 0].sqrt()).to(values.dtype)
+    rows = torch.repeat_interleave(torch.arange(system.m, device=values.device), where.pointers.diff())
+    height = max(n, _BLOCK // max(1, n * count))
+    for top in range(0, system.m, height):
+        bottom = min(top + height, system.m)
+        first, last = int(where.pointers[top]), int(where.pointers[bottom])
+        block = values.new_zeros((count, bottom - top, n))
+        block[:, rows[first:last] - top, where.indices[first:last].long()] = values[:, first:last]
+        R = torch.linalg.qr(torch.cat([R, block], 1), mode="r").R
+    return R

@@ -1,0 +1,171 @@
+"""The augmented system as solvers see it: plain tensors in double precision, its columns scaled.
+
+    K s = t      K = [ I    A    ]     s = [ r ]     t = [ b ]
+                     [ A^H  -d^2 ]         [ x ]         [ c ]
+
+Columns of [A; d I] are scaled to norms in [1/2, 1) by powers of two, and right-hand sides to size about 1, so that
+scaling itself makes no rounding error: y = D x, A D^-1, c D^-1. (Scaling by norms is within sqrt(n) of the best column
+scaling: van der Sluis, Numer. Math. 14, 1969.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..products import Operator
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """Column norms: (P, rows, k) -> (P, k)."""
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+class System:
+    """The scaled augmented system of P matrices on one pattern.
+
+    Args:
+        operator: A, in double precision.
+        damp: d (P,) or None for none.
+        precision: machine epsilon of the user's dtype, which decides what counts as rank and what is accepted.
+    """
+
+    def __init__(self, operator: Operator, damp: Tensor | None, precision: float):
+        self.precision = precision
+        self.m, self.n, self.copies = operator.m, operator.n, operator.copies
+        columns = operator.pattern.indices[1].expand(self.copies, -1)
+        sizes = operator.values.abs()
+        largest = sizes.new_zeros((self.copies, self.n)).scatter_reduce(1, columns, sizes, "amax")
+        if damp is not None:
+            damp = damp.abs()[:, None]
+            largest = torch.maximum(largest, damp)
+        largest = torch.where(largest > 0, largest, 1.0)
+        squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
+        if damp is not None:
+            squares = squares + (damp / largest).square()
+        exponents = torch.frexp(largest * torch.where(squares > 0, squares, 1.0).sqrt()).exponent
+        scale = torch.ldexp(torch.ones_like(largest), exponents)
+        self.scale = scale[:, :, None]  # D
+        self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
+        self.d2 = None if damp is None else (damp / scale).square()[:, :, None]  # d^2 D^-2
+
+    @property
+    def tolerance(self) -> float:
+        """Singular values below this fraction of the largest count as zero."""
+        return 4 * self.precision * max(self.m, self.n, 1) ** 0.5
+
+    @property
+    def accept(self) -> float:
+        """Largest estimated forward error that is accepted, relative."""
+        return self.precision ** (1 / 3)
+
+    @cached_property
+    def magnitude(self) -> Operator:
+        """|A|, entry by entry."""
+        return self.A.absolute()
+
+    def damped(self, y: Tensor) -> Tensor | float:
+        """d^2 y"""
+        return 0.0 if self.d2 is None else self.d2 * y
+
+    def gradient(self, r: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        """A^H r - d^2 y - c, the negative gradient of the (extended) normal equations."""
+        return self.A.adjoint(r) - self.damped(y) - c
+
+    def residuals(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """t - K s"""
+        return b - r - self.A.matmul(y), -self.gradient(r, y, c)
+
+    def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The size of the rounding errors in `residuals`, entry by entry, with fixed random signs."""
+        size = r.abs(), y.abs()
+        first = EPS * (b.abs() + size[0] + self.magnitude.matmul(size[1]))
+        second = EPS * (c.abs() + self.magnitude.adjoint(size[0]) + self.damped(size[1]))
+        return tuple((s * self.signs(s)).to(b.dtype) for s in (first, second))  # type: ignore[return-value]
+
+    def signs(self, like: Tensor) -> Tensor:
+        """Random signs, the same ones every time: bits of a multiplicative hash, since vmap refuses random operations."""
+        h = torch.arange(1, like.numel() + 1, device=like.device) * 0x2545F4914F6CDD1D
+        h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
+        return (1 - 2 * (((h ^ (h >> 29)) >> 17) & 1)).view(like.shape).to(self.scale.dtype)
+
+
+class Run(NamedTuple):
+    """How a run of conjugate gradients ended: iterates, |gradient|^2 in the preconditioner's norm, iterations (P, k)."""
+
+    r: Tensor
+    y: Tensor
+    gamma: Tensor
+    iterations: Tensor
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Real column products: (P, rows, k) -> (P, k)."""
+    return torch.linalg.vecdot(x, y, dim=1).real
+
+
+def cgls(
+    system: System,
+    b: Tensor,
+    c: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    converged: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    limit: int,
+    rises: int | None = None,
+    callback: Callable[[int, float], object] | None = None,
+) -> Run:
+    """Preconditioned conjugate gradients on A^H A y + d^2 y = A^H b - c, with r = b - A y updated recursively.
+
+    Calandra, Gratton, Riccietti, Vasseur, SIAM J. Matrix Anal. Appl. 41(4), 2020; for c = 0 this is CGLS in the stable
+    form of Björck, Elfving, Strakos, SIAM J. Matrix Anal. Appl. 19(3), 1998.
+
+    Args:
+        apply: the preconditioner, about (A^H A + d^2)^-1.
+        converged: (r, y, gradient, gamma) -> (P, k), the columns to stop at.
+        limit: iterations at most.
+        rises: a column stops once gamma has risen so often. With b = 0, iterations that run on after rounding has
+            taken over blow up; the best iterate is what is returned.
+    """
+    r, y = b.clone(), torch.zeros_like(c)
+    g = system.gradient(r, y, c)
+    z = apply(g)
+    gamma = dot(g, z).clamp_min(0)
+    best, kept = gamma.clone(), (r.clone(), y.clone())
+    active, risen = gamma > 0, torch.zeros_like(gamma)
+    iterations, p = torch.zeros_like(gamma), z
+    for step in range(1, limit + 1):
+        if not bool(active.any()):
+            break
+        q = system.A.matmul(p)
+        curvature = dot(q, q) + (0 if system.d2 is None else dot(p, system.d2 * p))
+        active = active & (curvature > 0)
+        alpha = torch.where(active, gamma / curvature, 0.0)[:, None].to(b.dtype)
+        y.addcmul_(alpha, p)
+        r.addcmul_(alpha, q, value=-1)
+        g = system.gradient(r, y, c)
+        z = apply(g)
+        new = torch.where(active, dot(g, z).clamp_min(0), gamma)
+        iterations += active
+        risen += new > gamma
+        # Only a marked improvement is worth a copy, so that slow convergence does not copy at every step.
+        better = active & (new < best / 4)
+        if bool(better.any()):
+            kept = tuple(torch.where(better[:, None], now, old) for now, old in zip((r, y), kept, strict=True))
+            best = torch.where(better, new, best)
+        active = active & (new > 0) & ~converged(r, y, g, new) & (new < 1e20 * best)
+        if rises is not None:
+            active = active & (risen < rises)
+        p = z + torch.where(active, new / gamma, 0.0)[:, None] * p
+        gamma = new
+        if callback is not None:
+            callback(step, float(gamma.max().sqrt()))
+    worse = (gamma > best)[:, None]
+    r, y = torch.where(worse, kept[0], r), torch.where(worse, kept[1], y)
+    return Run(r, y, torch.minimum(gamma, best), iterations)

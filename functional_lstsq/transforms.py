@@ -1,0 +1,134 @@
+"""What torch.func and torch.compile need of a primitive, once for all three primitives.
+
+A primitive is a linear-algebra operation on plain tensors (its kernel, an opaque library operation) with a rule for
+each transformation: reverse mode, forward mode and vmap. Its rules call primitives only, so derivatives of every order
+and mix follow by recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    _unwrap_for_grad,
+    _wrap_for_grad,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+_library = torch.library.Library("functional_lstsq", "DEF")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
+    """Make `kernel` the library operation `schema`, opaque to every tracer; `fake` gives the shapes of its results.
+
+    `torch.library.custom_op` with `register_autograd` would be shorter, but fails under `torch.func.grad` and gives
+    zero under `jacfwd`, so derivatives are the business of `Primitive`, one floor above.
+    """
+    name = _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"functional_lstsq::{name}", fake, lib=_library)
+    return getattr(torch.ops.functional_lstsq, name).default
+
+
+def concrete(tensor: Tensor) -> Tensor:
+    """The plain tensor under every wrapper of torch.func."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for values to come: a compiler is recording."""
+    return torch.compiler.is_compiling() or type(concrete(tensor)) not in (Tensor, torch.nn.Parameter)
+
+
+class Primitive(torch.autograd.Function):
+    """`apply(static, *tensors)`; a subclass gives `forward`, `vjp_rule`, `jvp_rule` and `vmap`.
+
+    vjp_rule(static, inputs, outputs, cotangents, needed) returns one gradient (or None) for each tensor input,
+    jvp_rule(static, inputs, outputs, tangents) one tangent for each output. Missing cotangents and tangents are None.
+    """
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple, output: Any) -> None:
+        static, *tensors = inputs
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.static, ctx.count = static, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *outputs)
+        ctx.save_for_forward(*tensors, *outputs)
+
+    @classmethod
+    def backward(cls, ctx: Any, *cotangents: Tensor | None) -> tuple:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * (1 + ctx.count)
+        return None, *cls.vjp_rule(ctx.static, saved[: ctx.count], saved[ctx.count :], cotangents, needed)
+
+    @classmethod
+    def jvp(cls, ctx: Any, _static: None, *tangents: Tensor | None) -> Any:
+        # torch calls this rule on the level of the inner jvp, with forward mode off, so what the rule computes would
+        # carry no tangent of an outer jvp (pytorch#197867). One level down, everything carries what it should.
+        interpreter = retrieve_current_functorch_interpreter() if torch._C._are_functorch_transforms_active() else None
+        saved = ctx.saved_tensors
+        if interpreter is None or interpreter.key() != TransformType.Jvp:
+            return cls.jvp_rule(ctx.static, saved[: ctx.count], saved[ctx.count :], tangents)
+        level = interpreter.level()
+
+        def down(tensors: tuple) -> tuple:
+            return tuple(None if t is None else _unwrap_for_grad(t, level) for t in tensors)
+
+        saved, tangents = down(saved), down(tangents)
+        with torch.enable_grad(), interpreter.lower(), _set_fwd_grad_enabled(True):
+            result = cls.jvp_rule(ctx.static, saved[: ctx.count], saved[ctx.count :], tangents)
+        if isinstance(result, Tensor):
+            return _wrap_for_grad(result, level)
+        return tuple(None if t is None else _wrap_for_grad(t, level) for t in result)
+
+    @classmethod
+    def vjp_rule(cls, static: Any, inputs: tuple, outputs: tuple, cotangents: tuple, needed: tuple) -> tuple:
+        raise NotImplementedError
+
+    @classmethod
+    def jvp_rule(cls, static: Any, inputs: tuple, outputs: tuple, tangents: tuple) -> Any:
+        raise NotImplementedError
+
+
+# Tensors of the primitives are (P, rows, k): P matrices on one pattern, k columns each; values are (P, nnz). A vmap
+# over columns alone joins the columns; a vmap over values joins the matrices.
+
+
+def lead(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """`tensor` with the vmapped dimension in front, expanded when it has none."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def join_matrices(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """(B, P, ...) -> (B P, ...)"""
+    front = lead(tensor, dim, size)
+    return None if front is None else front.flatten(0, 1)
+
+
+def split_matrices(tensor: Tensor, size: int) -> Tensor:
+    """(B P, ...) -> (B, P, ...)"""
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+
+def join_columns(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """(B, P, rows, k) -> (P, rows, B k)"""
+    front = lead(tensor, dim, size)
+    return None if front is None else front.movedim(0, 2).flatten(2, 3)
+
+
+def split_columns(tensor: Tensor, size: int) -> Tensor:
+    """(P, rows, B k) -> (P, rows, B, k)"""
+    return tensor.unflatten(2, (size, tensor.shape[2] // size))
