@@ -36,22 +36,22 @@ from .transforms import Primitive, define, is_traced, join_columns, join_matrice
 
 
 class Settings(NamedTuple):
-    """What a solve is asked for; interned, since a compiled graph passes it as a number."""
+    """What a solve is asked for."""
 
-    solver: Any = Auto()
-    minimum_norm: bool = False
+    solver: Any
+    minimum_norm: bool
 
 
-_settings: dict[Settings, int] = {}
 _by_number: list[Settings] = []
 
 
-def number_of(settings: Settings) -> int:
-    """The number that stands for `settings`."""
-    if settings not in _settings:
-        _settings[settings] = len(_by_number)
+@torch.compiler.assume_constant_result
+def number_of(solver: Any, minimum_norm: bool) -> int:
+    """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only."""
+    settings = Settings(Auto() if solver is None else solver, minimum_norm)
+    if settings not in _by_number:
         _by_number.append(settings)
-    return _settings[settings]
+    return _by_number.index(settings)
 
 
 class Holder:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .augmented import Settings, number_of, solve_augmented
-from .matrix import DTYPES, LAYOUTS, SparseMatrix, single
+from .augmented import number_of, solve_augmented
+from .matrix import DTYPES, LAYOUTS, SparseMatrix, product, single
 from .products import sample
 from .result import Report, Solution, SolveInfo
-from .solvers import Auto
 from .transforms import concrete, is_traced
 
 
@@ -113,7 +112,7 @@ def solve(
     )
     solution = _shaped(r if problem.wide else x, problem)
     if problem.wide or weights is not None:
-        residual = problem.b - problem.A @ solution
+        residual = problem.b - product(problem.A, solution)
     else:
         residual = _shaped(r, problem)
     return Solution(solution, residual, info)
@@ -201,7 +200,7 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
     for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights)):
         _check_numbers(name, tensor)
-    settings = number_of(Settings(Auto() if solver is None else solver, rank_deficient == "minimum_norm"))
+    settings = number_of(solver, rank_deficient == "minimum_norm")
     A = SparseMatrix(A.values.to(dtype), A.pattern)
     return _Problem(A, b.to(dtype), damp, weights, settings)
 

@@ -94,18 +94,7 @@ class SparseMatrix:
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """A X for a dense X of shape (n,) or (n, k), differentiable by both, to any order. Cost: 2 nnz k operations."""
-        if not isinstance(X, Tensor):
-            return NotImplemented
-        if X.layout != torch.strided:
-            raise TypeError(f"A @ X takes a dense X, got layout {X.layout}")
-        single(self, "A")
-        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
-            raise ValueError(f"A @ X needs X of shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(X.shape)}")
-        dtype = torch.promote_types(self.dtype, X.dtype)
-        columns = X.to(dtype)[None] if X.ndim == 2 else X.to(dtype)[None, :, None]
-        values = self.values.to(dtype)[None]
-        product = multiply(values, columns, self.pattern.indices, *self.shape, False)[0]
-        return product if X.ndim == 2 else product[:, 0]
+        return product(self, X) if isinstance(X, Tensor) else NotImplemented
 
     def to(self, *args: Any, **options: Any) -> SparseMatrix:
         """Like `torch.Tensor.to`: another dtype or device, values and pattern together."""
@@ -187,6 +176,20 @@ class SparseMatrix:
         parts += [f"device='{self.device}'"] if self.device.type != "cpu" else []
         parts += ["requires_grad=True"] if self.values.requires_grad else []
         return f"SparseMatrix({', '.join(parts)})"
+
+
+def product(A: SparseMatrix, X: Tensor) -> Tensor:
+    """A X; what `A @ X` does."""
+    if X.layout != torch.strided:
+        raise TypeError(f"A @ X takes a dense X, got layout {X.layout}")
+    single(A, "A")
+    m, n = A.shape
+    if X.ndim not in (1, 2) or X.shape[0] != n:
+        raise ValueError(f"A @ X needs X of shape ({n},) or ({n}, k), got {tuple(X.shape)}")
+    dtype = torch.promote_types(A.dtype, X.dtype)
+    columns = X.to(dtype)[None] if X.ndim == 2 else X.to(dtype)[None, :, None]
+    Y = multiply(A.values.to(dtype)[None], columns, A.pattern.indices, m, n, False)[0]
+    return Y if X.ndim == 2 else Y[:, 0]
 
 
 def single(A: SparseMatrix, name: str) -> None:
