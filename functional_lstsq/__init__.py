@@ -1,5 +1,6 @@
 """Differentiable sparse least squares, as pure functions for torch.func."""
 
+from .generic import sparse_generic_lstsq
 from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
 from .pattern import SparsePattern
@@ -19,4 +20,5 @@ __all__ = [
     "SparsePattern",
     "lstsq",
     "solve",
+    "sparse_generic_lstsq",
 ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .augmented import number_of, solve_augmented
-from .matrix import DTYPES, LAYOUTS, SparseMatrix, product, single
+from .layouts import LAYOUTS
+from .matrix import DTYPES, SparseMatrix, product, single
 from .products import sample
 from .result import Report, Solution, SolveInfo
 from .transforms import concrete, is_traced

@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from .layouts import LAYOUTS, put_together, take_apart
 from .pattern import SparsePattern
 from .products import multiply
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
 class SparseMatrix:
@@ -119,8 +119,7 @@ class SparseMatrix:
         rows_first = layout == torch.sparse_csr
         where = self.pattern.rows if rows_first else self.pattern.columns
         values = self.values if where.order is None else self.values.index_select(0, where.order)
-        make = torch.sparse_csr_tensor if rows_first else torch.sparse_csc_tensor
-        return make(where.pointers.long(), where.indices.long(), values, self.shape, check_invariants=False)
+        return put_together(values, where.pointers.long(), where.indices.long(), self.shape, layout)
 
     @staticmethod
     def from_torch(A: Tensor) -> SparseMatrix:
@@ -136,16 +135,8 @@ class SparseMatrix:
             raise TypeError(f"A must be a torch sparse COO, CSR or CSC tensor, got {got}")
         if A.ndim != 2:
             raise ValueError(f"A must have two dimensions, got shape {tuple(A.shape)}")
-        with torch._C._DisableFuncTorch():  # sparse tensors have no strides, which torch.func asks for (pytorch#136357)
-            if A.layout == torch.sparse_coo:
-                A = A.coalesce()
-                indices, values = A.indices(), A.values()
-            else:
-                by_row = A.layout == torch.sparse_csr
-                pointers = A.crow_indices() if by_row else A.ccol_indices()
-                inner, values = A.col_indices() if by_row else A.row_indices(), A.values()
-                outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=A.device), pointers.diff())
-                indices = torch.stack([outer, inner] if by_row else [inner, outer])
+        with torch._C._DisableFuncTorch():
+            values, indices = take_apart(A)
             if values.ndim != 1:
                 raise ValueError(f"A must have scalar entries, got entries of shape {tuple(values.shape[1:])}")
             return SparseMatrix(values, SparsePattern(indices, (A.shape[0], A.shape[1])))

@@ -1,0 +1,81 @@
+"""Between torch's sparse layouts and (values, indices), differentiable both ways.
+
+torch's own rules for compressed layouts are not differentiable a second time, so these are Functions of their own. A
+sparse tensor has no strides, which torch.func asks of every tensor it meets (pytorch#136357): take it apart with
+torch.func switched off, before its values go any further.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+_PARTS = {
+    torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices, torch.sparse_csr_tensor),
+    torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices, torch.sparse_csc_tensor),
+}
+
+
+def take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, indices) of a COO tensor, whose duplicates are added up, or of a CSR or CSC tensor."""
+    if A.layout == torch.sparse_coo:
+        A = A.coalesce()
+        return A.values(), A.indices()
+    pointers, inner = (part(A) for part in _PARTS[A.layout][:2])
+    outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=A.device), pointers.diff())
+    pair = (outer, inner) if A.layout == torch.sparse_csr else (inner, outer)
+    return _plain(_Values, A), torch.stack([index.long() for index in pair])
+
+
+def put_together(values: Tensor, pointers: Tensor, inner: Tensor, shape: tuple, layout: torch.layout) -> Tensor:
+    """A CSR or CSC tensor."""
+    return _plain(_Compressed, values, pointers, inner, tuple(shape), layout)
+
+
+def _plain(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """`function.apply` for plain autograd, whatever transformation of torch.func is under way."""
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(A: Tensor) -> Tensor:
+        return A.detach().values().clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        (A,) = inputs
+        pointers, inner = (part(A) for part in _PARTS[A.layout][:2])
+        ctx.save_for_backward(pointers, inner)
+        ctx.shape, ctx.layout = A.shape, A.layout
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:  # type: ignore[override]
+        return put_together(bar, *ctx.saved_tensors, ctx.shape, ctx.layout)
+
+
+class _Compressed(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, pointers: Tensor, inner: Tensor, shape: tuple, layout: torch.layout) -> Tensor:
+        return _PARTS[layout][2](pointers, inner, values.contiguous(), shape, check_invariants=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, pointers, inner, _, ctx.layout = inputs
+        ctx.save_for_backward(pointers, inner)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple:  # type: ignore[override]
+        pointers, inner = ctx.saved_tensors
+        if bar.layout == ctx.layout:
+            if not (torch.equal(_PARTS[bar.layout][0](bar), pointers) and torch.equal(_PARTS[bar.layout][1](bar), inner)):
+                raise RuntimeError("a gradient of a sparse tensor must have the pattern of that tensor")
+            return _plain(_Values, bar), None, None, None, None
+        outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=inner.device), pointers.diff())
+        where = (outer, inner) if ctx.layout == torch.sparse_csr else (inner, outer)
+        return (bar if bar.layout == torch.strided else bar.to_dense())[where], None, None, None, None
