@@ -42,16 +42,21 @@ class Settings(NamedTuple):
     minimum_norm: bool
 
 
+_numbers: dict[Settings, int] = {}
 _by_number: list[Settings] = []
 
 
 @torch.compiler.assume_constant_result
 def number_of(solver: Any, minimum_norm: bool) -> int:
-    """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only."""
+    """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
+
+    It is kept for good, since a graph may come back to it, so reuse solver objects rather than making one a call.
+    """
     settings = Settings(Auto() if solver is None else solver, minimum_norm)
-    if settings not in _by_number:
+    if settings not in _numbers:
+        _numbers[settings] = len(_by_number)
         _by_number.append(settings)
-    return _by_number.index(settings)
+    return _numbers[settings]
 
 
 class Holder:
@@ -128,8 +133,7 @@ def _solve_kernel(
     r, x = (r * size).to(dtype), (y / system.scale * size).to(dtype)
     report = _settle(report, r, x)
     if on_failure == "raise":
-        hint = getattr(wanted.solver, "hint", "")
-        check(report, (m, n), system.accept, hint)
+        check(report, (m, n), system.accept)
     else:
         failed = report.status != (CONVERGED if on_failure == "nan" else RANK_DEFICIENT)
         failed = failed if on_failure == "nan" else ~failed

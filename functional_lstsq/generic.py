@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,10 @@ def _solve_as_given(A: Tensor, B: Tensor, lstsq: Solver, transpose_lstsq: Solver
     return X if B.ndim == 2 else X[:, 0]
 
 
-class _Given(NamedTuple):
+@dataclass
+class _Given:
+    """Not a NamedTuple: torch.func would look into it and find a sparse tensor."""
+
     A: Tensor
     lstsq: Solver
     transpose_lstsq: Solver

@@ -197,6 +197,8 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
         weights = weights.to(device=A.device, dtype=real)
     if solver is not None and not callable(getattr(solver, "prepare", None)):
         raise TypeError(f"solver must be None or a solver such as Dense() or CGLS(), got {solver!r}")
+    if type(solver).__hash__ is None:
+        raise TypeError(f"solver must be hashable, a frozen dataclass for example, got {solver!r}")
     if rank_deficient not in ("raise", "minimum_norm"):
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
     for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights)):

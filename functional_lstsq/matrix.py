@@ -94,7 +94,7 @@ class SparseMatrix:
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """A X for a dense X of shape (n,) or (n, k), differentiable by both, to any order. Cost: 2 nnz k operations."""
-        return product(self, X) if isinstance(X, Tensor) else NotImplemented
+        return product(self, X)
 
     def to(self, *args: Any, **options: Any) -> SparseMatrix:
         """Like `torch.Tensor.to`: another dtype or device, values and pattern together."""
@@ -171,8 +171,9 @@ class SparseMatrix:
 
 def product(A: SparseMatrix, X: Tensor) -> Tensor:
     """A X; what `A @ X` does."""
-    if X.layout != torch.strided:
-        raise TypeError(f"A @ X takes a dense X, got layout {X.layout}")
+    if not isinstance(X, Tensor) or X.layout != torch.strided:
+        got = f"layout {X.layout}" if isinstance(X, Tensor) else type(X).__name__
+        raise TypeError(f"A @ X takes a dense tensor X, got {got}")
     single(A, "A")
     m, n = A.shape
     if X.ndim not in (1, 2) or X.shape[0] != n:

@@ -76,7 +76,8 @@ class SparsePattern:
     def _fill(self, buffer: Tensor, shape: tuple[int, int], flipped: bool) -> None:
         # Rows, columns and rows again: the pattern and its transpose are both slices of this.
         self._buffer, self._flipped, self.shape = buffer, flipped, shape
-        self.indices = buffer[1:] if flipped else buffer[:2]
+        with _plainly():
+            self.indices = buffer[1:] if flipped else buffer[:2]
         _known[_key(self.indices, *shape)] = self
 
     def _check(self) -> None:

@@ -97,7 +97,7 @@ class Solution(NamedTuple):
     info: SolveInfo
 
 
-def check(report: Report, shape: tuple[int, int], accept: float, hint: str) -> None:
+def check(report: Report, shape: tuple[int, int], accept: float) -> None:
     """Raise what a report of failure calls for; one host synchronisation when all is well."""
     failed = report.status != CONVERGED
     if not bool(failed.any()):
@@ -116,13 +116,13 @@ def check(report: Report, shape: tuple[int, int], accept: float, hint: str) -> N
         raise RankDeficientError(
             f"the {m} x {n} matrix has {known}, not full rank {min(m, n)}, by method {method}{where}: the solution is "
             "not unique. Pass rank_deficient='minimum_norm' for the one of least norm, or damp > 0, or remove the "
-            "dependent columns" + (f". {hint}" if hint else "")
+            "dependent columns"
         )
     error = max(figures["residual_error"], figures["solution_error"])
     raise ConvergenceError(
         f"method {method} ended after {int(figures['iterations'])} iterations with status "
         f"'{STATUSES[int(figures['status'])]}'{where}: estimated forward error {error:.1e} is above what is accepted, "
         f"{accept:.1e}; optimality {figures['optimality']:.1e}, condition number about {figures['condition']:.1e}. "
-        f"Try damp > 0, rescale or remove nearly dependent columns, or pass throw=False to solve to see how far it "
-        f"came" + (f"; {hint}" if hint else "")
+        "Try damp > 0, rescale or remove nearly dependent columns, or pass throw=False to solve to see how far it "
+        "came"
     )

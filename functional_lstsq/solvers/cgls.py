@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..result import ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
-from .refine import refine, report
+from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
+from .refine import Refined, refine, report
 from .system import EPS, Run, System, cgls, norm
 
 
@@ -74,17 +74,20 @@ class _Prepared:
             # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
             return (error <= 0.03 / system.n**0.5 * whole) | (smallest <= system.tolerance * largest)
 
-        cgls(
+        run = cgls(
             system, b, c, lambda g: g, converged, limit=self.settings.max_iterations, callback=self.settings.callback
         )
         self.smallest, self.largest = smallest, largest
         self.deficient = smallest <= system.tolerance * largest
-        self.hidden = ~self.deficient & (error > 0.03 / system.n**0.5 * whole)  # out of iterations, some unseen
+        self.iterations = run.iterations
+        self.unseen = ~self.deficient & (run.iterations >= self.settings.max_iterations)
+        # So weak a direction is hidden in the rounding errors of A^H A.
+        self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
 
     def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns."""
-        system, failed = self.system, self.deficient | self.hidden
-        limited = self.hidden.expand(-1, b.shape[2])
+        system, failed = self.system, self.failed
+        limited = self.unseen.expand(-1, b.shape[2])
         # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
         first = True
@@ -96,7 +99,8 @@ class _Prepared:
             first = False
             return run
 
-        refined = refine(system, b, c, correct, target=10 * self.target, probe=False)
+        refined = refine(system, b, c, correct, largest=self.largest, target=10 * self.target, probe=False)
+        refined = refined._replace(errors=self._with_rounding(b, c, refined))
         answer = report(
             system,
             b,
@@ -108,20 +112,37 @@ class _Prepared:
             rank=torch.where(failed, -1, system.n),
             limited=limited,
         )
-        error = torch.where(failed, torch.inf, answer.solution_error)
-        status = torch.where(self.hidden, ITERATION_LIMIT, answer.status)
-        status = torch.where(self.deficient, RANK_DEFICIENT, status)
-        return refined.r, refined.y, answer._replace(status=status, solution_error=error)
+        answer = answer._replace(
+            status=torch.where(failed, self._verdict(), answer.status),
+            solution_error=torch.where(failed, torch.inf, answer.solution_error),
+            iterations=torch.where(failed, self.iterations, answer.iterations),
+        )
+        return refined.r, refined.y, answer
+
+    def _verdict(self) -> Tensor:
+        """Why a matrix failed, before any right-hand side was seen."""
+        return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
+
+    def _with_rounding(self, b: Tensor, c: Tensor, refined: Refined) -> tuple[Tensor, Tensor]:
+        """Errors with those of a last correction that is blurred by rounding in the gradient."""
+        r, y, errors, _, _ = refined
+        size, scaled = norm(y), norm(y / self.system.scale)
+        slope = EPS * (self.largest * norm(r) + norm(c))
+        blur = slope / self.smallest + EPS * self.largest * size  # of A y, in the range of A
+        shift = blur / self.smallest * torch.where(size > 0, scaled / size, 0.0)
+        return errors[0] + blur + EPS * norm(b), errors[1] + shift
 
     def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
-        limit, size = tolerance * self.smallest.square(), norm(c)
+        system = self.system
+        # |D^-1 e| <= max(1 / D) |e|: relative to x, not to y, which may be far larger in other columns.
+        limit, size = tolerance * self.smallest.square() * system.scale.amin(1), norm(c)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
             gradient = gamma.sqrt()
             rounding = EPS * (self.largest * norm(r) + size)
-            return (gradient <= limit * norm(y)) | (gradient <= rounding)
+            return (gradient <= limit * norm(y / system.scale)) | (gradient <= rounding)
 
         settings = self.settings
         return cgls(
-            self.system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback
+            system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback
         )

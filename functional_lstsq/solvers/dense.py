@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..result import RANK_DEFICIENT, Report, method_code
 from .refine import refine, report
-from .system import EPS, Run, System, cgls, dot
+from .system import EPS, Run, System, cgls, dot, norm
 
 # Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
 _CHOLESKY_CONDITION = 1e6
@@ -65,11 +65,11 @@ class _Factors:
         system = self.system
         _, s, Vh = torch.linalg.svd(_triangle(system, which))
         V = Vh.mH
-        keep = s > system.tolerance * s[:, :1]
+        keep = s > system.tolerance * s[:, :1]  # none of a matrix of zeros, whose condition number is set to 1
         rank = keep.sum(1, keepdim=True)
         self.rank[which] = rank.to(self.rank.dtype)
-        self.largest[which] = s[:, :1]
-        self.smallest[which] = torch.where(rank > 0, s.gather(1, (rank - 1).clamp_min(0)), 0.0)
+        self.largest[which] = torch.where(rank > 0, s[:, :1], 1.0)
+        self.smallest[which] = torch.where(rank > 0, s.gather(1, (rank - 1).clamp_min(0)), 1.0)
         everything = torch.zeros_like(self.L)
         sound = torch.ones(system.copies, dtype=torch.bool, device=which.device)
         sound[which] = False
@@ -79,13 +79,30 @@ class _Factors:
         self.inverse = everything  # B with B B^H = (A^H A + d^2)^+
         nullity = int((~keep).sum(1).max())
         if nullity:
-            # The null space of A is D^-1 times that of the scaled matrix. Null vectors first, zeros behind: QR would
-            # take made-up directions for the zeros, which are masked again.
-            lost = ~keep.flip(1)[:, None, :nullity]
-            vectors = torch.where(lost, V.flip(2)[:, :, :nullity] / system.scale[which], 0.0)
-            Q = torch.where(lost, torch.linalg.qr(vectors).Q, 0.0)
-            self.null = Q.new_zeros((system.copies, system.n, nullity))
-            self.null[which] = Q
+            lost = keep.new_zeros((system.copies, 1, nullity))
+            lost[which] = ~keep.flip(1)[:, None, :nullity]  # null vectors first, zeros behind
+            vectors = torch.zeros_like(everything[:, :, :nullity])
+            vectors[which] = V.flip(2)[:, :, :nullity]
+            self._find_null_space(torch.where(lost, vectors, 0.0), lost)
+
+    def _find_null_space(self, Z: Tensor, lost: Tensor) -> None:
+        """An orthonormal basis of the null space of A, which is D^-1 times that of the scaled matrix, and its error.
+
+        D^-1 magnifies errors of Z in columns of small norm, so they are corrected first: Z - A^+ A Z.
+        """
+        system = self.system
+        for _ in range(2):
+            moved = self.apply(system.A.adjoint(system.A.matmul(Z)))
+            Z = Z - moved
+        Z, moved = Z / system.scale, moved / system.scale
+        lengths = torch.linalg.vector_norm(Z, dim=1, keepdim=True)
+        lengths = torch.where(lost, lengths, 1.0)
+        Q, R = torch.linalg.qr(Z / lengths)
+        # QR makes up directions for the columns of zeros.
+        self.null = torch.where(lost, Q, 0.0)
+        R = R + torch.diag_embed((~lost[:, 0]).to(R.dtype))
+        error = torch.linalg.matrix_norm(moved / lengths) + EPS
+        self.null_error = (error / torch.linalg.svdvals(R)[:, -1])[:, None]
 
     def apply(self, g: Tensor) -> Tensor:
         """(A^H A + d^2)^+ g"""
@@ -98,11 +115,13 @@ class _Factors:
         system = self.system
         if self.null is not None:
             c = self._project(c * system.scale) / system.scale
-        refined = refine(system, b, c, self._correct, target=4 * EPS, probe=True)
+        refined = refine(system, b, c, self._correct, largest=self.largest, target=4 * EPS, probe=True)
         if self.null is not None:
             x = self._project(refined.y / system.scale)
-            lost = EPS * (self.largest / self.smallest) * torch.linalg.vector_norm(x, dim=1)
-            refined = refined._replace(y=x * system.scale, solution_error=refined.solution_error + lost)
+            lost = (self.null_error + EPS * self.largest / self.smallest) * norm(x)
+            refined = refined._replace(
+                y=x * system.scale, errors=(refined.errors[0], refined.errors[1] + lost)
+            )
         answer = report(
             system,
             b,
