@@ -147,7 +147,7 @@ class _TallOnly(torch.autograd.Function):
         ctx.shape = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor):  # type: ignore[override]
         raise ValueError(f"A must be tall for a gradient, got shape {ctx.shape}; lstsq differentiates wide A too")
 
     jvp = backward

@@ -75,7 +75,7 @@ class SolveInfo(NamedTuple):
     @property
     def method(self) -> str:
         """Name of the method that answered, or of the several that did."""
-        return ", ".join(_methods[code] for code in concrete(self.method_code).unique().tolist())
+        return ", ".join(sorted(_methods[code] for code in concrete(self.method_code).unique().tolist()))
 
     def __repr__(self) -> str:
         numbers = {name: getattr(self, name) for name in self._fields[2:]}

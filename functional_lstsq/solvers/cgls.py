@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
-from .refine import Refined, refine, report
+from .refine import Errors, Refined, refine, report
 from .system import EPS, Run, System, cgls, norm
 
 
@@ -27,11 +27,14 @@ class CGLS:
 
     Args:
         tolerance: forward error to aim at, relative; None for 1e-11 (1e-9 for single precision).
+        accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3), or ten
+            times the tolerance if that is larger.
         max_iterations: per run; an answer that is not reached by then raises `ConvergenceError`.
         callback: called with (iteration, norm of the gradient) after every iteration.
     """
 
     tolerance: float | None = None
+    accept: float | None = None
     max_iterations: int = 20_000
     callback: Callable[[int, float], object] | None = None
 
@@ -43,6 +46,7 @@ class CGLS:
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Prepared:
         """Find the extreme singular values of `system`; the result solves for any right-hand side."""
+        system.accept = self.accept or max(system.accept, 10 * (self.tolerance or 0))
         return _Prepared(self, system)
 
 
@@ -123,24 +127,24 @@ class _Prepared:
         """Why a matrix failed, before any right-hand side was seen."""
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
 
-    def _with_rounding(self, b: Tensor, c: Tensor, refined: Refined) -> tuple[Tensor, Tensor]:
+    def _with_rounding(self, b: Tensor, c: Tensor, refined: Refined) -> Errors:
         """Errors with those of a last correction that is blurred by rounding in the gradient."""
-        r, y, errors, _, _ = refined
-        size, scaled = norm(y), norm(y / self.system.scale)
-        slope = EPS * (self.largest * norm(r) + norm(c))
-        blur = slope / self.smallest + EPS * self.largest * size  # of A y, in the range of A
-        shift = blur / self.smallest * torch.where(size > 0, scaled / size, 0.0)
-        return errors[0] + blur + EPS * norm(b), errors[1] + shift
+        r, y, errors, _ = refined
+        size, scaled = norm(y), norm(self.system.weight * y)
+        blur = EPS * ((self.largest * norm(r) + norm(c)) / self.smallest + self.largest * size)  # of A y
+        shift = blur / self.smallest
+        in_x = shift * torch.where(size > 0, scaled / size, 0.0)
+        return Errors(errors.r + blur + EPS * norm(b), errors.y + shift, errors.x + in_x)
 
     def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
         system = self.system
-        # |D^-1 e| <= max(1 / D) |e|: relative to x, not to y, which may be far larger in other columns.
-        limit, size = tolerance * self.smallest.square() * system.scale.amin(1), norm(c)
+        # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1.
+        limit, size = tolerance * self.smallest.square(), norm(c)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
             gradient = gamma.sqrt()
             rounding = EPS * (self.largest * norm(r) + size)
-            return (gradient <= limit * norm(y / system.scale)) | (gradient <= rounding)
+            return (gradient <= limit * norm(system.weight * y)) | (gradient <= rounding)
 
         settings = self.settings
         return cgls(

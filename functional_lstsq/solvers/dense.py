@@ -30,14 +30,20 @@ class Dense:
 
     For problems whose smaller dimension is at most a few thousand. Batched over values.
 
+    Args:
+        accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
+
     >>> import functional_lstsq as fl
     >>> A = fl.SparseMatrix(torch.tensor([1.0, 2.0, 3.0]), fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2)))
     >>> fl.solve(A, torch.tensor([1.0, 2.0, 3.0]), solver=fl.Dense()).info.method
     'dense-cholesky'
     """
 
+    accept: float | None = None
+
     def prepare(self, system: System, *, minimum_norm: bool) -> _Factors:
         """Factor `system`; the result solves for any right-hand side."""
+        system.accept = self.accept or system.accept
         return _Factors(system, minimum_norm)
 
 
@@ -117,11 +123,9 @@ class _Factors:
             c = self._project(c * system.scale) / system.scale
         refined = refine(system, b, c, self._correct, largest=self.largest, target=4 * EPS, probe=True)
         if self.null is not None:
-            x = self._project(refined.y / system.scale)
-            lost = (self.null_error + EPS * self.largest / self.smallest) * norm(x)
-            refined = refined._replace(
-                y=x * system.scale, errors=(refined.errors[0], refined.errors[1] + lost)
-            )
+            y = self._project(refined.y / system.scale) * system.scale
+            lost = (self.null_error + EPS * self.largest / self.smallest) * norm(system.weight * y)
+            refined = refined._replace(y=y, errors=refined.errors._replace(x=refined.errors.x + lost))
         answer = report(
             system,
             b,

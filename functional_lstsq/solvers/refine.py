@@ -17,14 +17,46 @@ from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
 from .system import EPS, Run, System, norm
 
 
-class Refined(NamedTuple):
-    """A solution of the scaled system; absolute errors of r and x, and what they are measured against, all (P, k)."""
+class Errors(NamedTuple):
+    """Sizes of something in r, in y = D x, and (in units of the smallest scale) in x; each (P, k)."""
 
     r: Tensor
     y: Tensor
-    errors: tuple[Tensor, Tensor]
-    sizes: tuple[Tensor, Tensor]
+    x: Tensor
+
+
+class Refined(NamedTuple):
+    """A solution of the scaled system, the estimate of its absolute errors, and the iterations spent (P, k)."""
+
+    r: Tensor
+    y: Tensor
+    errors: Errors
     iterations: Tensor
+
+
+class Measure:
+    """Relative errors of solutions to one pair of right-hand sides.
+
+    A solution is measured against itself. Where it is zero but for rounding (b orthogonal to the range, the residual of
+    a consistent system, a cotangent without effect) noise around it is no error, so below `accept` times the largest
+    solution that data of this size have, it is measured against that: y then stands for x, whose columns may have any
+    scale.
+    """
+
+    def __init__(self, system: System, b: Tensor, c: Tensor, largest: Tensor):
+        self.weight = system.weight
+        self.least_r = system.accept * (norm(b) + norm(c) / largest)
+        self.least_y = self.least_r / largest
+
+    def sizes(self, r: Tensor, y: Tensor) -> Errors:
+        """Of a solution or of a correction to it."""
+        return Errors(norm(r), norm(y), norm(self.weight * y))
+
+    def relative(self, errors: Errors, whole: Errors) -> Tensor:
+        """The larger of the relative errors of r and x."""
+        of_r = _ratio(errors.r, torch.maximum(whole.r, self.least_r))
+        of_zero = torch.where(whole.y > self.least_y, torch.inf, _ratio(errors.y, self.least_y))
+        return torch.maximum(of_r, torch.minimum(_ratio(errors.x, whole.x), of_zero))
 
 
 def refine(
@@ -47,35 +79,27 @@ def refine(
         probe: one solve more, with the rounding errors of the residuals as right-hand side, is added to the estimate.
             Without it the estimate is the size of the last correction alone.
     """
-    # A solution is measured against itself, or against `accept` times the largest one that data of this size have:
-    # noise around a solution that is zero (b orthogonal to the range, a consistent system's residual) is no error.
-    reach = norm(b) + norm(c) / largest
-    floors = reach, reach / largest * (1 / system.scale).square().mean(1).sqrt()
-
-    def measure(r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = norm(r), norm(y / system.scale)
-        return torch.maximum(sizes[0], system.accept * floors[0]), torch.maximum(sizes[1], system.accept * floors[1])
-
+    measure = Measure(system, b, c, largest)
     r, y, gamma, iterations = correct(b, c)
-    errors = (torch.full_like(gamma, torch.inf),) * 2
-    previous, active = errors[0], torch.ones_like(gamma, dtype=torch.bool)
+    previous = torch.full_like(gamma, torch.inf)
+    errors, active = Errors(previous, previous, previous), torch.ones_like(gamma, dtype=torch.bool)
     for _ in range(limit):
         moved = correct(*system.residuals(b, c, r, y))
         iterations = iterations + torch.where(active, moved.iterations, 0)
-        moves, sizes = (norm(moved.r), norm(moved.y / system.scale)), measure(r, y)
-        relative = torch.maximum(_ratio(moves[0], sizes[0]), _ratio(moves[1], sizes[1]))
+        moves = measure.sizes(moved.r, moved.y)
+        relative = measure.relative(moves, measure.sizes(r, y))
         better = active & (relative < previous)
         r = torch.where(better[:, None], r + moved.r, r)
         y = torch.where(better[:, None], y + moved.y, y)
-        errors = (torch.where(active, moves[0], errors[0]), torch.where(active, moves[1], errors[1]))
+        errors = Errors(*(torch.where(active, move, old) for move, old in zip(moves, errors, strict=True)))
         active = better & (relative > target) & (relative < previous / 4)
         previous = torch.minimum(relative, previous)
         if not bool(active.any()):
             break
     if probe:
         blurred = correct(*system.rounding(b, c, r, y))
-        errors = errors[0] + norm(blurred.r), errors[1] + norm(blurred.y / system.scale)
-    return Refined(r, y, errors, measure(r, y), iterations)
+        errors = Errors(*map(torch.add, errors, measure.sizes(blurred.r, blurred.y)))
+    return Refined(r, y, errors, iterations)
 
 
 def report(
@@ -91,19 +115,21 @@ def report(
     limited: Tensor | None = None,
 ) -> Report:
     """Judge a solution; `largest` and `smallest` are singular values (P, 1), `limited` marks columns that ran out."""
-    r, y, errors, sizes, iterations = refined
-    accepted = (errors[0] <= system.accept * sizes[0]) & (errors[1] <= system.accept * sizes[1])
+    r, y, errors, iterations = refined
+    measure = Measure(system, b, c, largest)
+    whole = measure.sizes(r, y)
+    accepted = measure.relative(errors, whole) <= system.accept
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
-    slack = EPS * (norm(b) + largest * norm(y))
+    slack = EPS * (norm(b) + largest * whole.y)
     gradient = norm(system.gradient(r, y, c))
     return Report(
         status=torch.where(accepted, CONVERGED, failed) * ones,
         method=method * ones,
         iterations=iterations,
-        optimality=_ratio(gradient, largest * torch.maximum(norm(r), slack) + norm(c)),
-        residual_error=_ratio(errors[0], norm(r)) + system.precision / 2,
-        solution_error=_ratio(errors[1], norm(y / system.scale)) + system.precision / 2,
+        optimality=_ratio(gradient, largest * torch.maximum(whole.r, slack) + norm(c)),
+        residual_error=_ratio(errors.r, whole.r) + system.precision / 2,
+        solution_error=_ratio(errors.x, whole.x) + system.precision / 2,
         condition=largest / smallest * ones,
         rank=rank * ones,
     )

@@ -38,6 +38,9 @@ class System:
 
     def __init__(self, operator: Operator, damp: Tensor | None, precision: float):
         self.precision = precision
+        # Singular values below this fraction of the largest count as zero: noise in the data, and of computing them.
+        self.tolerance = 4 * (precision + EPS * max(operator.m, operator.n, 1) ** 0.5)
+        self.accept = precision ** (1 / 3)  # largest relative error that is accepted; a solver may set it
         self.m, self.n, self.copies = operator.m, operator.n, operator.copies
         columns = operator.pattern.indices[1].expand(self.copies, -1)
         sizes = operator.values.abs()
@@ -52,18 +55,9 @@ class System:
         exponents = torch.frexp(largest * torch.where(squares > 0, squares, 1.0).sqrt()).exponent
         scale = torch.ldexp(torch.ones_like(largest), exponents)
         self.scale = scale[:, :, None]  # D
+        self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 up to a factor, to measure x without overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
         self.d2 = None if damp is None else (damp / scale).square()[:, :, None]  # d^2 D^-2
-
-    @property
-    def tolerance(self) -> float:
-        """Singular values below this fraction of the largest count as zero."""
-        return 4 * self.precision * max(self.m, self.n, 1) ** 0.5
-
-    @property
-    def accept(self) -> float:
-        """Largest estimated forward error that is accepted, relative."""
-        return self.precision ** (1 / 3)
 
     @cached_property
     def magnitude(self) -> Operator:

@@ -1,0 +1,95 @@
+"""The command line, as a person would call it."""
+
+import gzip
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse
+import torch
+from helpers import SHARED, close, problem
+
+import functional_lstsq as fl
+from functional_lstsq.__main__ import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    pattern, values, b = problem(8, 3)
+    A = fl.SparseMatrix(values, pattern)
+    with gzip.open(tmp_path / "A.mtx.gz", "wb") as file:
+        scipy.io.mmwrite(file, scipy.sparse.coo_array((values.numpy(), pattern.indices.numpy()), A.shape), precision=17)
+    scipy.io.mmwrite(tmp_path / "b.mtx", b.numpy()[:, None], precision=17)
+    scipy.io.mmwrite(tmp_path / "bb.mtx", np.stack([b.numpy(), 2 * b.numpy()], 1), precision=17)
+    return tmp_path, A, b
+
+
+def test_solve_writes_solution_and_gradient(files, capsys):
+    folder, A, b = files
+    arguments = ["solve", f"{folder}/A.mtx.gz", f"{folder}/b.mtx", "-o", f"{folder}/x.mtx", "--damp", "0.5"]
+    assert main([*arguments, "--gradient", f"{folder}/G.mtx.gz"]) == 0
+    table = dict(line.split(None, 1) for line in capsys.readouterr().out.replace("estimated error", "error").splitlines())
+    assert table["status"].strip() == "converged"
+    assert float(table["error"].split()[0]) < 1e-12
+    close(torch.tensor(scipy.io.mmread(folder / "x.mtx"))[:, 0], fl.lstsq(A, b, damp=0.5), 1e-14)
+    want = torch.func.grad(lambda A: fl.lstsq(A, b, damp=0.5).sum())(A).to_dense()
+    close(torch.tensor(scipy.io.mmread(folder / "G.mtx.gz").toarray()), want, 1e-14)
+
+
+def test_solve_several_columns_and_none(files, capsys):
+    folder, A, b = files
+    assert main(["solve", f"{folder}/A.mtx.gz", f"{folder}/bb.mtx", "-o", f"{folder}/x.mtx"]) == 0
+    close(torch.tensor(scipy.io.mmread(folder / "x.mtx")), fl.lstsq(A, torch.stack([b, 2 * b], 1)), 1e-14)
+    assert main(["solve", f"{folder}/A.mtx.gz", "-o", f"{folder}/x.mtx"]) == 0
+    close(torch.tensor(scipy.io.mmread(folder / "x.mtx"))[:, 0], torch.ones(3, dtype=torch.float64), 1e-12)
+    assert "right-hand sides: 2" in capsys.readouterr().out
+
+
+def test_deficient_matrix(tmp_path, capsys):
+    scipy.io.mmwrite(tmp_path / "A.mtx", scipy.sparse.coo_array(np.ones((4, 2))))
+    assert main(["solve", f"{tmp_path}/A.mtx"]) == 1
+    assert "rank 1, not full rank 2" in capsys.readouterr().err
+    assert main(["solve", f"{tmp_path}/A.mtx", "--minimum-norm"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/none.mtx"], "no such file"),
+        (["{}/text.mtx"], "not a Matrix Market file|as a Matrix Market file"),
+        (["{}/A.mtx.gz", "{}/A.mtx.gz", "-o", "{}/no/x.mtx"], "is not a folder"),
+        (["{}/A.mtx.gz", "{}/short.mtx"], "has 5 rows, .* has 8"),
+        (["{}/A.mtx.gz", "--damp", "-1"], "damp must not be negative"),
+        (["{}/A.mtx.gz", "{}/nan.mtx"], "b must be finite"),
+        (["{}/A.mtx.gz", "{}/b.mtx", "-o", "{}"], "cannot write"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
+    folder, *_ = files
+    (folder / "text.mtx").write_text("hello")
+    scipy.io.mmwrite(folder / "short.mtx", np.ones((5, 1)))
+    (folder / "nan.mtx").write_text("%%MatrixMarket matrix array real general\n8 1\n" + "nan\n" * 8)
+    assert main(["solve", *(argument.format(folder) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    import re
+
+    assert re.search(message, error)
+
+
+def test_demo_as_a_process():
+    run = subprocess.run([sys.executable, "-m", "functional_lstsq", "demo"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "relative difference" in run.stdout
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared matrices")
+def test_a_real_file(tmp_path, capsys):
+    name = SHARED / "matrices" / "illc1033"
+    assert main(["solve", f"{name}.mtx.gz", f"{name}_rhs.mtx.gz", "-o", f"{tmp_path}/x.mtx"]) == 0
+    claim = float(next(line for line in capsys.readouterr().out.splitlines() if "error" in line).split()[2])
+    x, want = scipy.io.mmread(tmp_path / "x.mtx")[:, 0], np.load(f"{name}.ref.npz")["x"]
+    assert claim < 1e-10
+    assert np.linalg.norm(x - want) <= 10 * claim * np.linalg.norm(want)
