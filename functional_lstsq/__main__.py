@@ -206,7 +206,7 @@ def _demo() -> int:
 
     by_A, by_b = torch.func.grad(height, argnums=(0, 1))(A, measured)
     strongest = by_b[:-1].abs().topk(3).indices.tolist()
-    print(f"\nThe height of station {stations - 1} is {float(solution.x[-1]):.4f} m. The measurements that move it most:")
+    print(f"\nStation {stations - 1} lies at {float(solution.x[-1]):.4f} m. The measurements that move it most:")
     for k in strongest:
         first, second = (int(pattern.indices[1, k + side * (lines - 1)]) for side in (0, 1))
         print(f"  from station {first:3d} to {second:3d}: {float(by_b[k]):+.3f} m per m")
@@ -222,8 +222,9 @@ def _demo() -> int:
         step = 1e-6
         numeric = float(shifted(step * direction) - shifted(-step * direction)) / (2 * step)
         exact = float(gradient @ direction)
-        worst = max(worst, abs(numeric - exact) / abs(exact))
-        print(f"  {name:<20}{exact:+.8f}   {numeric:+.8f}   relative difference {abs(numeric - exact) / abs(exact):.0e}")
+        difference = abs(numeric - exact) / abs(exact)
+        worst = max(worst, difference)
+        print(f"  {name:<20}{exact:+.8f}   {numeric:+.8f}   relative difference {difference:.0e}")
     if worst > 1e-5:
         print("the gradient disagrees with finite differences", file=sys.stderr)
         return 1

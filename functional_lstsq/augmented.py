@@ -67,11 +67,17 @@ class Holder:
     """
 
     __slots__ = ("__weakref__", "damp", "factors", "key", "system", "values", "version")
+    key: int
+    values: Tensor
+    damp: Tensor | None
+    version: int
+    system: System
+    factors: Any
     living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
     numbers = itertools.count(1)
 
     def __init__(self):
-        self.key, self.values, self.factors = next(Holder.numbers), None, None
+        self.key, self.factors = next(Holder.numbers), None
         Holder.living[self.key] = self
 
     def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
@@ -87,15 +93,14 @@ class Holder:
         return self.system, self.factors
 
     def _holds(self, values: Tensor, damp: Tensor | None) -> bool:
-        held = self.values
-        if self.factors is None or held.shape != values.shape or (damp is None) != (self.damp is None):
+        if self.factors is None or self.values.shape != values.shape or _version(self.values) != self.version:
             return False
-        if _version(held) != self.version:  # changed in place since
+        same = self.values.data_ptr() == values.data_ptr() and self.values.stride() == values.stride()
+        if not (same or torch.equal(self.values, values)):
             return False
-        same = held.data_ptr() == values.data_ptr() and held.stride() == values.stride()
-        if not (same or torch.equal(held, values)):
-            return False
-        return damp is None or torch.equal(damp, self.damp)
+        if damp is None or self.damp is None:
+            return damp is self.damp
+        return torch.equal(damp, self.damp)
 
 
 def _version(tensor: Tensor) -> int:
@@ -122,8 +127,8 @@ def _solve_kernel(
     c = values.new_zeros((copies, n, k), dtype=double) if c is None else c.resolve_conj().to(double)
     _require_finite(values=values, damp=damp, b=b, c=c)
     if not (copies and m and n and k):
-        report = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=values.device)
-        return b.to(dtype, copy=True), torch.zeros_like(c, dtype=dtype), report
+        nothing = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=values.device)
+        return b.to(dtype, copy=True), torch.zeros_like(c, dtype=dtype), nothing
     keeper = Holder.living.get(holder) or Holder()
     system, factors = keeper.prepare(wanted, values, damp, find_pattern(indices, m, n))
     c = c / system.scale
@@ -196,7 +201,7 @@ class Solve(Primitive):
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        values, damp, b, c, indices = inputs
+        values, damp, _, c, indices = inputs
         r, x, _ = outputs
         r_bar, x_bar, _ = cotangents
         if r_bar is None and x_bar is None:
@@ -221,7 +226,7 @@ class Solve(Primitive):
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
-        values, damp, b, c, indices = inputs
+        values, damp, _, c, indices = inputs
         r, x, _ = outputs
         values_dot, damp_dot, b_dot, c_dot, _ = tangents
         static, (m, n) = static.derivative(), static[:2]

@@ -27,9 +27,10 @@ def sparse_generic_lstsq(
     Args:
         A: (m, n) torch sparse COO (coalesced or not) or CSR tensor, tall and of full rank.
         B: (m,) or (m, k) dense tensor.
-        lstsq: solver to use in forward and backward, `lstsq(A, B) -> X` of shape (n,) or (n, k), taking A as given here.
-            None for this library's.
-        transpose_lstsq: solver to use in backward, `transpose_lstsq(A, G) -> Y` with A^T Y = G, of shape (m,) or (m, k).
+        lstsq: solver to use in forward and backward, `lstsq(A, B) -> X` of shape (n,) or (n, k), with A as
+            given here. None for this library's.
+        transpose_lstsq: solver to use in backward, `transpose_lstsq(A, G) -> Y` with A^T Y = G, of shape (m,) or
+            (m, k).
 
     Returns:
         X: (n,) or (n, k). The gradient with respect to A is sparse, in A's layout and at its stored entries; duplicates
@@ -38,8 +39,8 @@ def sparse_generic_lstsq(
     Raises:
         TypeError: A is not sparse COO or CSR.
         ValueError: the sizes of A and B do not match, or backward meets an A that is not tall.
-        RuntimeError: a given solver fails or returns an unexpected shape; also, as `torch.linalg.LinAlgError`, when this
-            library's solver has no answer that it can vouch for.
+        RuntimeError: a given solver fails or returns an unexpected shape; also, as `torch.linalg.LinAlgError`, when
+            this library's solver has no answer that it can vouch for.
 
     Cost: one solve, and one more for the gradients by A and B together.
 

@@ -7,7 +7,7 @@ torch.func switched off, before its values go any further.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def put_together(values: Tensor, pointers: Tensor, inner: Tensor, shape: tuple, 
 def _plain(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """`function.apply` for plain autograd, whatever transformation of torch.func is under way."""
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+        return cast(Any, super(torch.autograd.Function, function)).apply(*args)
 
 
 class _Values(torch.autograd.Function):
@@ -56,7 +56,8 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> Tensor:  # type: ignore[override]
-        return put_together(bar, *ctx.saved_tensors, ctx.shape, ctx.layout)
+        pointers, inner = ctx.saved_tensors
+        return put_together(bar, pointers, inner, ctx.shape, ctx.layout)
 
 
 class _Compressed(torch.autograd.Function):
@@ -73,7 +74,8 @@ class _Compressed(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor) -> tuple:  # type: ignore[override]
         pointers, inner = ctx.saved_tensors
         if bar.layout == ctx.layout:
-            if not (torch.equal(_PARTS[bar.layout][0](bar), pointers) and torch.equal(_PARTS[bar.layout][1](bar), inner)):
+            parts = [part(bar) for part in _PARTS[bar.layout][:2]]
+            if not (torch.equal(parts[0], pointers) and torch.equal(parts[1], inner)):
                 raise RuntimeError("a gradient of a sparse tensor must have the pattern of that tensor")
             return _plain(_Values, bar), None, None, None, None
         outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=inner.device), pointers.diff())

@@ -56,9 +56,9 @@ def lstsq(
     >>> import functional_lstsq as fl
     >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1]]), (3, 2))
     >>> values = torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    >>> b = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    >>> b = torch.tensor([1.0, 2.0, 3.5], dtype=torch.float64)
     >>> fl.lstsq(fl.SparseMatrix(values, pattern), b)
-    tensor([0., 3.], dtype=torch.float64)
+    tensor([0.1667, 2.8333], dtype=torch.float64)
     >>> torch.func.jacrev(lambda b: fl.lstsq(fl.SparseMatrix(values, pattern), b))(b)
     tensor([[ 0.6667,  0.3333, -0.3333],
             [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
@@ -93,9 +93,9 @@ def solve(
 
     >>> import functional_lstsq as fl
     >>> A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]], dtype=torch.float64).to_sparse_csr()
-    >>> solution = fl.solve(A, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    >>> solution = fl.solve(A, torch.tensor([1.0, 2.0, 3.5], dtype=torch.float64))
     >>> solution.residual
-    tensor([ 1., -1.,  1.], dtype=torch.float64)
+    tensor([ 0.8333, -0.8333,  0.8333], dtype=torch.float64)
     >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
     ('converged', True)
     """
@@ -112,10 +112,8 @@ def solve(
         rank=report.rank.to(torch.int64),
     )
     solution = _shaped(r if problem.wide else x, problem)
-    if problem.wide or weights is not None:
-        residual = problem.b - product(problem.A, solution)
-    else:
-        residual = _shaped(r, problem)
+    is_residual = not problem.wide and weights is None
+    residual = _shaped(r, problem) if is_residual else problem.b - product(problem.A, solution)
     return Solution(solution, residual, info)
 
 
@@ -148,7 +146,8 @@ def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
         m, n = pattern.shape
         return solve_augmented(values[None], damp, columns, None, pattern.indices, m, n, settings, on_failure)
     n, m = pattern.shape
-    return solve_augmented(torch.conj_physical(values)[None], damp, None, columns, pattern.T.indices, m, n, settings, on_failure)
+    values = torch.conj_physical(values)
+    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, m, n, settings, on_failure)
 
 
 def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import optree
 import torch
@@ -205,7 +205,7 @@ def _unflatten(leaves: Any, pattern: SparsePattern) -> SparseMatrix:
 torch_pytree.register_pytree_node(
     SparseMatrix, _flatten, _unflatten, serialized_type_name="functional_lstsq.SparseMatrix"
 )
-optree.register_pytree_node(
+cast(Any, optree.register_pytree_node)(
     SparseMatrix,
     lambda A: ((A.values,), A.pattern, ("values",)),
     lambda pattern, leaves: _unflatten(leaves, pattern),

@@ -48,6 +48,9 @@ class SparsePattern:
     (2, 3)
     """
 
+    indices: Tensor
+    shape: tuple[int, int]
+    _other: SparsePattern | weakref.ReferenceType[SparsePattern]
     _repeated: tuple[int, Orientation] | None = None
 
     def __init__(self, indices: Tensor, shape: tuple[int, int]):
@@ -71,7 +74,8 @@ class SparsePattern:
             self._check()
         transpose = object.__new__(SparsePattern)
         transpose._fill(self._buffer, (n, m), flipped=True)
-        transpose._other, self._other = weakref.ref(self), transpose  # no cycle keeps a dead pattern alive
+        self._other = transpose
+        transpose._other = weakref.ref(self)  # no cycle keeps a dead pattern alive
 
     def _fill(self, buffer: Tensor, shape: tuple[int, int], flipped: bool) -> None:
         # Rows, columns and rows again: the pattern and its transpose are both slices of this.

@@ -64,9 +64,7 @@ class Operator:
     def _compressed(self, values: Tensor, where: Orientation, m: int, n: int) -> Tensor:
         values = values if where.order is None else values.index_select(1, where.order)
         size = (self.copies * m, self.copies * n)
-        return torch.sparse_csr_tensor(
-            where.pointers, where.indices, values.reshape(-1), size, check_invariants=False
-        )
+        return torch.sparse_csr_tensor(where.pointers, where.indices, values.reshape(-1), size, check_invariants=False)
 
     def matmul(self, X: Tensor) -> Tensor:
         """A X for X of shape (P, n, k)."""

@@ -105,17 +105,14 @@ class Primitive(torch.autograd.Function):
 # over columns alone joins the columns; a vmap over values joins the matrices.
 
 
-def lead(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def lead(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """`tensor` with the vmapped dimension in front, expanded when it has none."""
-    if tensor is None:
-        return None
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def join_matrices(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """(B, P, ...) -> (B P, ...)"""
-    front = lead(tensor, dim, size)
-    return None if front is None else front.flatten(0, 1)
+    return None if tensor is None else lead(tensor, dim, size).flatten(0, 1)
 
 
 def split_matrices(tensor: Tensor, size: int) -> Tensor:
@@ -125,8 +122,7 @@ def split_matrices(tensor: Tensor, size: int) -> Tensor:
 
 def join_columns(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """(B, P, rows, k) -> (P, rows, B k)"""
-    front = lead(tensor, dim, size)
-    return None if front is None else front.movedim(0, 2).flatten(2, 3)
+    return None if tensor is None else lead(tensor, dim, size).movedim(0, 2).flatten(2, 3)
 
 
 def split_columns(tensor: Tensor, size: int) -> Tensor:

@@ -30,7 +30,8 @@ def test_solve_writes_solution_and_gradient(files, capsys):
     folder, A, b = files
     arguments = ["solve", f"{folder}/A.mtx.gz", f"{folder}/b.mtx", "-o", f"{folder}/x.mtx", "--damp", "0.5"]
     assert main([*arguments, "--gradient", f"{folder}/G.mtx.gz"]) == 0
-    table = dict(line.split(None, 1) for line in capsys.readouterr().out.replace("estimated error", "error").splitlines())
+    printed = capsys.readouterr().out.replace("estimated error", "error")
+    table = dict(line.split(None, 1) for line in printed.splitlines())
     assert table["status"].strip() == "converged"
     assert float(table["error"].split()[0]) < 1e-12
     close(torch.tensor(scipy.io.mmread(folder / "x.mtx"))[:, 0], fl.lstsq(A, b, damp=0.5), 1e-14)
@@ -80,7 +81,8 @@ def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
 
 
 def test_demo_as_a_process():
-    run = subprocess.run([sys.executable, "-m", "functional_lstsq", "demo"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "functional_lstsq", "demo"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "relative difference" in run.stdout
 

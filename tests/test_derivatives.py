@@ -149,11 +149,7 @@ def test_minimum_norm_gradient_is_golub_and_pereyras(shape):
     b, w = (torch.randn(rows, generator=generator, dtype=torch.float64) for rows in (m, n))
     P = torch.linalg.pinv(A)
     x, back = P @ b, P.T @ w
-    want = (
-        -torch.outer(back, x)
-        + torch.outer(b - A @ x, P @ back)
-        + torch.outer(P.T @ x, w - P @ (A @ w))
-    )
+    want = -torch.outer(back, x) + torch.outer(b - A @ x, P @ back) + torch.outer(P.T @ x, w - P @ (A @ w))
     pattern = full_pattern(m, n)
 
     def loss(values):

@@ -97,8 +97,10 @@ def test_transformations_in_B_with_A_closed_over(A, B, solvers):
     for transform in (torch.func.jacrev, torch.func.jacfwd):
         close(transform(ours)(B), transform(want)(B))
     close(torch.func.hessian(lambda B: ours(B).sin().sum())(B), torch.func.hessian(lambda B: want(B).sin().sum())(B))
-    close(torch.vmap(torch.func.grad(lambda B: ours(B).sin().sum()))(batch),
-          torch.vmap(torch.func.grad(lambda B: want(B).sin().sum()))(batch))
+    close(
+        torch.vmap(torch.func.grad(lambda B: ours(B).sin().sum()))(batch),
+        torch.vmap(torch.func.grad(lambda B: want(B).sin().sum()))(batch),
+    )
 
 
 def test_given_solvers_are_called_as_given(A, B):

@@ -99,9 +99,7 @@ def test_solutions_that_are_zero(solver):
 
 def test_throw_false_tells_instead_of_raising():
     values = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64, requires_grad=True)
-    solution = fl.solve(
-        fl.SparseMatrix(values, full_pattern(2, 2)), torch.ones(2, dtype=torch.float64), throw=False
-    )
+    solution = fl.solve(fl.SparseMatrix(values, full_pattern(2, 2)), torch.ones(2, dtype=torch.float64), throw=False)
     assert solution.info.status == "rank deficient"
     assert int(solution.info.rank) == 1
     assert solution.x.isnan().all()
@@ -143,7 +141,11 @@ def test_errors_name_the_argument():
         (lambda: fl.CGLS(tolerance=0.0), ValueError, r"tolerance must lie between 0 and 1"),
         (lambda: fl.CGLS(max_iterations=0), ValueError, r"max_iterations must be at least 1"),
         (lambda: torch.vmap(lambda b: fl.lstsq(A, b))(torch.stack([b, nan])), ValueError, r"b must be finite"),
-        (lambda: torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v / 0, pattern), b).sum())(values), ValueError, "A"),
+        (
+            lambda: torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v / 0, pattern), b).sum())(values),
+            ValueError,
+            "A ",
+        ),
     ]:
         with pytest.raises(error, match=message):
             call()

@@ -148,7 +148,7 @@ def test_bad_matrices():
     A = fl.SparseMatrix(values, pattern)
     with pytest.raises(ValueError, match="one for each entry"):
         fl.SparseMatrix(values[1:], pattern)
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
         fl.SparseMatrix(values.long(), pattern)
     with pytest.raises(TypeError, match="pattern must be a SparsePattern"):
         fl.SparseMatrix(values, pattern.indices)

@@ -190,11 +190,12 @@ def test_large_sparse_goes_to_the_iteration_and_is_right():
     """A grid of first differences with a few fixed points, too large for a dense factor."""
     k = 64
     index = torch.arange(k * k).view(k, k)
-    ends = torch.cat([torch.stack([a.reshape(-1), b.reshape(-1)]) for a, b in
-                      ((index[:-1], index[1:]), (index[:, :-1], index[:, 1:]))], 1)
+    neighbours = (index[:-1], index[1:]), (index[:, :-1], index[:, 1:])
+    ends = torch.cat([torch.stack([a.reshape(-1), b.reshape(-1)]) for a, b in neighbours], 1)
     edges, fixed = ends.shape[1], torch.arange(0, k * k, 97)
     row = torch.arange(edges)
-    indices = torch.stack([torch.cat([row, row, edges + torch.arange(len(fixed))]), torch.cat([ends[0], ends[1], fixed])])
+    rows = torch.cat([row, row, edges + torch.arange(len(fixed))])
+    indices = torch.stack([rows, torch.cat([ends[0], ends[1], fixed])])
     values = torch.cat([-torch.ones(edges), torch.ones(edges + len(fixed))]).double()
     A = fl.SparseMatrix(values, fl.SparsePattern(indices, (edges + len(fixed), k * k)))
     x = torch.randn(k * k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -44,7 +44,7 @@ def test_vmap_over_each_argument(functions):
 
 
 def test_vmap_dimensions_and_nesting(functions):
-    ours, want, values, b, V, B = functions
+    ours, want, _, b, V, B = functions
     close(vmap(ours, (1, 1), 1)(V.T, B.T), vmap(want)(V, B).T)
     close(vmap(ours, (-1, None), -1)(V.T, b), vmap(want, (0, None))(V, b).T)
     for inner in ((None, 0), (0, None)):

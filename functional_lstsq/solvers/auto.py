@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .cgls import CGLS
 from .dense import Dense
@@ -21,7 +21,7 @@ class Auto:
 
     dense_columns: int = 3200
     dense_bytes: int = 2**31
-    cgls: CGLS = CGLS()
+    cgls: CGLS = field(default_factory=CGLS)
 
     def prepare(self, system: System, *, minimum_norm: bool):
         """Prepare the chosen method."""

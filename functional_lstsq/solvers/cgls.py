@@ -147,6 +147,4 @@ class _Prepared:
             return (gradient <= limit * norm(system.weight * y)) | (gradient <= rounding)
 
         settings = self.settings
-        return cgls(
-            system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback
-        )
+        return cgls(system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback)

@@ -34,7 +34,8 @@ class Dense:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
 
     >>> import functional_lstsq as fl
-    >>> A = fl.SparseMatrix(torch.tensor([1.0, 2.0, 3.0]), fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2)))
+    >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2))
+    >>> A = fl.SparseMatrix(torch.tensor([1.0, 2.0, 3.0]), pattern)
     >>> fl.solve(A, torch.tensor([1.0, 2.0, 3.0]), solver=fl.Dense()).info.method
     'dense-cholesky'
     """
@@ -119,8 +120,7 @@ class _Factors:
     def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns; with a null space, K^+ in the unscaled ones."""
         system = self.system
-        if self.null is not None:
-            c = self._project(c * system.scale) / system.scale
+        c = self._project(c * system.scale) / system.scale
         refined = refine(system, b, c, self._correct, largest=self.largest, target=4 * EPS, probe=True)
         if self.null is not None:
             y = self._project(refined.y / system.scale) * system.scale
@@ -142,7 +142,7 @@ class _Factors:
         return refined.r, refined.y, answer
 
     def _project(self, x: Tensor) -> Tensor:
-        return x - self.null @ (self.null.mH @ x)
+        return x if self.null is None else x - self.null @ (self.null.mH @ x)
 
     def _correct(self, b: Tensor, c: Tensor) -> Run:
         g = self.system.gradient(b, torch.zeros_like(c), c)

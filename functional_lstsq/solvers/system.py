@@ -55,7 +55,7 @@ class System:
         exponents = torch.frexp(largest * torch.where(squares > 0, squares, 1.0).sqrt()).exponent
         scale = torch.ldexp(torch.ones_like(largest), exponents)
         self.scale = scale[:, :, None]  # D
-        self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 up to a factor, to measure x without overflow
+        self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
         self.d2 = None if damp is None else (damp / scale).square()[:, :, None]  # d^2 D^-2
 
@@ -84,14 +84,14 @@ class System:
         return tuple((s * self.signs(s)).to(b.dtype) for s in (first, second))  # type: ignore[return-value]
 
     def signs(self, like: Tensor) -> Tensor:
-        """Random signs, the same ones every time: bits of a multiplicative hash, since vmap refuses random operations."""
+        """Random signs, the same ones every time: bits of a hash, since vmap refuses random operations."""
         h = torch.arange(1, like.numel() + 1, device=like.device) * 0x2545F4914F6CDD1D
         h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
         return (1 - 2 * (((h ^ (h >> 29)) >> 17) & 1)).view(like.shape).to(self.scale.dtype)
 
 
 class Run(NamedTuple):
-    """How a run of conjugate gradients ended: iterates, |gradient|^2 in the preconditioner's norm, iterations (P, k)."""
+    """How a run of conjugate gradients ended: iterates, |gradient|^2 in the preconditioner's norm, iterations."""
 
     r: Tensor
     y: Tensor
@@ -151,7 +151,7 @@ def cgls(
         # Only a marked improvement is worth a copy, so that slow convergence does not copy at every step.
         better = active & (new < best / 4)
         if bool(better.any()):
-            kept = tuple(torch.where(better[:, None], now, old) for now, old in zip((r, y), kept, strict=True))
+            kept = torch.where(better[:, None], r, kept[0]), torch.where(better[:, None], y, kept[1])
             best = torch.where(better, new, best)
         active = active & (new > 0) & ~converged(r, y, g, new) & (new < 1e20 * best)
         if rises is not None:
