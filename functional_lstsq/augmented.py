@@ -32,7 +32,17 @@ from .products import Operator, multiply, sample
 from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check
 from .solvers import Auto
 from .solvers.system import System
-from .transforms import Primitive, define, is_traced, join_columns, join_matrices, split_columns, split_matrices
+from .transforms import (
+    Primitive,
+    constant,
+    define,
+    in_graph,
+    is_traced,
+    join_columns,
+    join_matrices,
+    split_columns,
+    split_matrices,
+)
 
 
 class Settings(NamedTuple):
@@ -46,7 +56,7 @@ _numbers: dict[Settings, int] = {}
 _by_number: list[Settings] = []
 
 
-@torch.compiler.assume_constant_result
+@constant
 def number_of(solver: Any, minimum_norm: bool) -> int:
     """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
 
@@ -277,7 +287,7 @@ def _outside(static: Static, values, damp, r: Tensor, x: Tensor, c: Tensor | Non
     return -reached if c is None else c - reached
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def solve_augmented(
     values: Tensor,
     damp: Tensor | None,

@@ -12,7 +12,7 @@ from .layouts import LAYOUTS
 from .matrix import DTYPES, SparseMatrix, product, single
 from .products import sample
 from .result import Report, Solution, SolveInfo
-from .transforms import concrete, is_traced
+from .transforms import concrete, is_traced, prepare_compiler
 
 
 def lstsq(
@@ -160,6 +160,8 @@ def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
 
 def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
     """Check every argument before any work; one clear error each."""
+    if torch.compiler.is_compiling():
+        prepare_compiler()
     if isinstance(A, Tensor) and A.layout in LAYOUTS:
         A = SparseMatrix.from_torch(A)
     if not isinstance(A, SparseMatrix):

@@ -12,6 +12,7 @@ from torch import Tensor
 from .layouts import LAYOUTS, put_together, take_apart
 from .pattern import SparsePattern
 from .products import multiply
+from .transforms import prepare_compiler
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -171,6 +172,8 @@ class SparseMatrix:
 
 def product(A: SparseMatrix, X: Tensor) -> Tensor:
     """A X; what `A @ X` does."""
+    if torch.compiler.is_compiling():
+        prepare_compiler()
     if not isinstance(X, Tensor) or X.layout != torch.strided:
         got = f"layout {X.layout}" if isinstance(X, Tensor) else type(X).__name__
         raise TypeError(f"A @ X takes a dense tensor X, got {got}")

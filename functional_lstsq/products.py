@@ -22,6 +22,7 @@ from .pattern import Orientation, SparsePattern, find_pattern
 from .transforms import (
     Primitive,
     define,
+    in_graph,
     join_columns,
     join_matrices,
     lead,
@@ -227,13 +228,13 @@ class _Sample(Primitive):
         return split_matrices(sample(U, W, indices, static.m, static.n), size), 0
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def multiply(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
     """A X of shape (P, m, k), or A^H X of shape (P, n, k), for values (P, nnz) and X (P, n or m, k)."""
     return _Multiply.apply(_Shape(m, n, adjoint), values, X, indices)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def sample(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
     """The entries (P, nnz) of U W^H at the stored positions, for U (P, m, k) and W (P, n, k)."""
     return _Sample.apply(_Shape(m, n), U, W, indices)

@@ -37,6 +37,32 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.functional_lstsq, name).default
 
 
+def constant(function: Callable) -> Callable:
+    """Mark `function` for Dynamo to run while it traces, and to keep the result.
+
+    What `torch.compiler.assume_constant_result` does, without the second that importing Dynamo takes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_in_graph: list[Callable] = []
+
+
+def in_graph(function: Callable) -> Callable:
+    """Have Dynamo put `function` into the graph as it is: inlining a Primitive drops its rules (pytorch#192985)."""
+    _in_graph.append(function)
+    return function
+
+
+@constant
+def prepare_compiler() -> int:
+    """Tell Dynamo of the functions marked `in_graph`; to be called while it traces, before it meets one of them."""
+    while _in_graph:
+        torch.compiler.allow_in_graph(_in_graph.pop())
+    return 0
+
+
 def concrete(tensor: Tensor) -> Tensor:
     """The plain tensor under every wrapper of torch.func."""
     while is_functorch_wrapped_tensor(tensor):
