@@ -114,8 +114,8 @@ def check(report: Report, shape: tuple[int, int], accept: float) -> None:
     if figures["status"] == RANK_DEFICIENT:
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {min(m, n)}"
         raise RankDeficientError(
-            f"A has {known}, not full rank {min(m, n)}, by method {method}{where}: the solution is not unique. Pass rank_deficient='minimum_norm' for the one of least norm, or damp > 0, or remove the "
-            "dependent columns"
+            f"A has {known}, not full rank {min(m, n)}, by method {method}{where}: the solution is not unique. Pass "
+            "rank_deficient='minimum_norm' for the one of least norm, or damp > 0, or remove the dependent columns"
         )
     error = max(figures["residual_error"], figures["solution_error"])
     raise ConvergenceError(
