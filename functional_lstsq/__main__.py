@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ class BadInput(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 solved, 1 no answer that can be vouched for, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m functional_lstsq", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m functional_lstsq", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     job = commands.add_parser(
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="solve min |A x - b| from Matrix Market files",
         description="Solve min |A x - b|^2 + D^2 |x|^2 for a matrix in Matrix Market format, and say how right it is.",
         epilog="example: python -m functional_lstsq solve A.mtx.gz b.mtx -o x.mtx --gradient G.mtx",
+        allow_abbrev=False,
     )
     job.add_argument("matrix", metavar="A.mtx[.gz]", help="the matrix")
     job.add_argument("right", metavar="b.mtx", nargs="?", help="right-hand sides, one a column (default: A times ones)")
@@ -42,28 +44,37 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("demo", help="make a levelling network, solve it, differentiate it, check the gradient")
     options = parser.parse_args(arguments)
     try:
-        return _demo() if options.command == "demo" else _solve(options)
-    except (BadInput, ValueError, TypeError) as error:
-        print(f"functional_lstsq: {_line(error)}", file=sys.stderr)
-        return 2
+        status = _demo() if options.command == "demo" else _solve(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except torch.linalg.LinAlgError as error:
         print(f"functional_lstsq: {_line(error)}", file=sys.stderr)
         return 1
+    except (BadInput, ValueError, TypeError, MemoryError, OSError, RuntimeError) as error:
+        print(f"functional_lstsq: {_line(error)}", file=sys.stderr)
+        return 2
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """One line, in the words of the command line."""
+    words = {"rank_deficient='minimum_norm'": "--minimum-norm", "damp > 0": "--damp D with D > 0"}
+    line = " ".join(str(error).split())
+    for ours, theirs in words.items():
+        line = line.replace(ours, theirs)
+    return line
 
 
 def _solve(options: argparse.Namespace) -> int:
-    outputs = [Path(name) for name in (options.output, options.gradient) if name]
-    for path in outputs:
-        if not path.parent.is_dir():
-            raise BadInput(f"cannot write {path}: {path.parent} is not a folder")
+    _check_files(options)
     matrix = _read(options.matrix)
     if not scipy.sparse.issparse(matrix):
         matrix = scipy.sparse.coo_array(matrix)
     A = SparseMatrix.from_scipy(matrix)
+    if not A.values.isfinite().all():
+        raise BadInput(f"{options.matrix} holds NaN or infinity")
     if A.dtype in (torch.float32, torch.complex64):
         A = A.to(torch.promote_types(A.dtype, torch.float64))
     b = _right(options, A)
@@ -88,6 +99,22 @@ def _solve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse before any work what could not be written after it, or would overwrite what is needed."""
+    inputs = {Path(name).resolve() for name in (options.matrix, options.right) if name}
+    outputs = [name for name in (options.output, options.gradient) if name is not None]
+    for name in outputs:
+        path = Path(name)
+        if not name or path.is_dir():
+            raise BadInput(f"cannot write {name!r}: not the name of a file")
+        if not path.parent.is_dir():
+            raise BadInput(f"cannot write {path}: {path.parent} is not a folder")
+        if path.resolve() in inputs:
+            raise BadInput(f"cannot write {path}: it is an input too")
+    if len({Path(name).resolve() for name in outputs}) < len(outputs):
+        raise BadInput(f"cannot write both results to {outputs[0]}")
+
+
 def _loss(A: SparseMatrix, b: Tensor, settings: dict) -> tuple[Tensor, Solution]:
     solution = solve(A, b, **settings)
     return solution.x.sum().real, solution
@@ -98,19 +125,24 @@ def _right(options: argparse.Namespace, A: SparseMatrix) -> Tensor:
         return A @ torch.ones(A.shape[1], dtype=A.dtype)
     right = _read(options.right)
     right = right.toarray() if scipy.sparse.issparse(right) else np.asarray(right)
-    if right.shape[0] != A.shape[0] and right.shape == (1, A.shape[0]):
-        right = right.T  # a row is what some programs write for a vector
     if right.shape[0] != A.shape[0]:
         raise BadInput(f"{options.right} has {right.shape[0]} rows, {options.matrix} has {A.shape[0]}")
+    if not right.shape[1]:
+        raise BadInput(f"{options.right} has no columns")
+    if not np.isfinite(right).all():
+        raise BadInput(f"{options.right} holds NaN or infinity")
     b = torch.tensor(right if np.iscomplexobj(right) else right.astype(float))
     return b[:, 0] if b.shape[1] == 1 else b
 
 
 def _read(name: str):
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(f"cannot read {name}: {'not a file' if path.exists() else 'no such file'}")
+    if not path.stat().st_size:
+        raise BadInput(f"cannot read {name}: the file is empty")
     try:
         return scipy.io.mmread(name)
-    except FileNotFoundError:
-        raise BadInput(f"cannot read {name}: no such file") from None
     except Exception as error:  # the reader's errors are of many types
         raise BadInput(f"cannot read {name} as a Matrix Market file: {_line(error)}") from None
 
@@ -128,12 +160,13 @@ def _describe(A: SparseMatrix, b: Tensor, solution: Solution, seconds: float) ->
     relative = float(torch.linalg.vector_norm(solution.residual) / torch.linalg.vector_norm(b).clamp_min(1e-300))
     kind = "least squares" if A.shape[0] >= A.shape[1] else "least norm"
     columns = b.shape[1] if b.ndim == 2 else 1
+    of_worst = ", figures of the worst" if columns > 1 else ""
 
     def worst(tensor: Tensor) -> float:
         return float(tensor.max()) if tensor.numel() else 0.0
 
     return [
-        ("problem", f"{kind}, {A.shape[0]} x {A.shape[1]}, {A.nnz} entries, right-hand sides: {columns}"),
+        ("problem", f"{kind}, {A.shape[0]} x {A.shape[1]}, {A.nnz} entries, right-hand sides: {columns}{of_worst}"),
         ("status", info.status),
         ("method", info.method),
         ("iterations", f"{worst(info.iterations):.0f}"),

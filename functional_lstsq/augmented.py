@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .pattern import SparsePattern, find_pattern
 from .products import Operator, multiply, sample
-from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check
+from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check, method_code
 from .solvers import Auto
-from .solvers.system import System
+from .solvers.system import System, norm, power_of_two
 from .transforms import (
     Primitive,
     constant,
@@ -50,6 +50,7 @@ class Settings(NamedTuple):
 
     solver: Any
     minimum_norm: bool
+    precision: float  # machine epsilon of the user's dtype; values and right-hand sides come in double precision
 
 
 _numbers: dict[Settings, int] = {}
@@ -57,12 +58,12 @@ _by_number: list[Settings] = []
 
 
 @constant
-def number_of(solver: Any, minimum_norm: bool) -> int:
+def number_of(solver: Any, minimum_norm: bool, precision: float) -> int:
     """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
 
     It is kept for good, since a graph may come back to it, so reuse solver objects rather than making one a call.
     """
-    settings = Settings(Auto() if solver is None else solver, minimum_norm)
+    settings = Settings(Auto() if solver is None else solver, minimum_norm, precision)
     if settings not in _numbers:
         _numbers[settings] = len(_by_number)
         _by_number.append(settings)
@@ -93,11 +94,7 @@ class Holder:
     def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
         """(system, factors), made afresh if `values` or `damp` are not those of last time."""
         if not self._holds(values, damp):
-            self.system = System(
-                Operator(pattern, values.to(torch.promote_types(values.dtype, torch.float64))),
-                None if damp is None else damp.to(torch.float64),
-                torch.finfo(values.dtype).eps,
-            )
+            self.system = System(Operator(pattern, values), damp, settings.precision)
             self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
             self.values, self.version, self.damp = values, _version(values), damp
         return self.system, self.factors
@@ -122,6 +119,7 @@ def _solve_kernel(
     damp: Tensor | None,
     b: Tensor | None,
     c: Tensor | None,
+    primal: Tensor | None,
     indices: Tensor,
     m: int,
     n: int,
@@ -130,25 +128,25 @@ def _solve_kernel(
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = values.resolve_conj()
-    wanted, dtype, copies = _by_number[settings], values.dtype, values.shape[0]
-    double = torch.promote_types(dtype, torch.float64)
+    wanted, copies = _by_number[settings], values.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
-    b = values.new_zeros((copies, m, k), dtype=double) if b is None else b.resolve_conj().to(double)
-    c = values.new_zeros((copies, n, k), dtype=double) if c is None else c.resolve_conj().to(double)
+    b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
+    c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     _require_finite(values=values, damp=damp, b=b, c=c)
     if not (copies and m and n and k):
-        nothing = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=values.device)
-        return b.to(dtype, copy=True), torch.zeros_like(c, dtype=dtype), nothing
+        nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=values.device) for _ in Report._fields))
+        nothing = nothing._replace(method=nothing.method + method_code("none"))
+        return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1)
     keeper = Holder.living.get(holder) or Holder()
     system, factors = keeper.prepare(wanted, values, damp, find_pattern(indices, m, n))
     c = c / system.scale
     size = torch.maximum(b.abs().amax(1, keepdim=True), c.abs().amax(1, keepdim=True))
-    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
+    size = power_of_two(torch.frexp(size).exponent)
     r, y, report = factors.solve(b / size, c / size)
-    r, x = (r * size).to(dtype), (y / system.scale * size).to(dtype)
-    report = _settle(report, r, x)
+    r, x = r * size, y / system.scale * size
+    report = _settle(report, system.accept, r, x, b, primal)
     if on_failure == "raise":
-        check(report, (m, n), system.accept)
+        check(report, n, system.accept, wanted.minimum_norm)
     else:
         failed = report.status != (CONVERGED if on_failure == "nan" else RANK_DEFICIENT)
         failed = failed if on_failure == "nan" else ~failed
@@ -156,12 +154,28 @@ def _solve_kernel(
     return r, x, torch.stack(list(report), 1)
 
 
-def _settle(report: Report, r: Tensor, x: Tensor) -> Report:
-    """Numbers that overflowed are no success, whatever the solver says."""
+def _settle(report: Report, accept: float, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None) -> Report:
+    """The verdict on a solution, given what it is for.
+
+    Numbers that overflowed are no success, whatever the solver says. An adjoint solve l is one if the gradient
+    -(l_r x^H + r l_x^H) is right, for the primal (r, x) whose sizes are given, together with l_r: the gradient of
+    |residual|^2 has l_x = 0, and noise in it does no harm.
+    """
+    if primal is not None:
+        size_r, size_x = norm(r), norm(x)
+        error_r = torch.where(size_r > 0, report.residual_error * size_r, 0.0)
+        error_x = torch.where(size_x > 0, report.solution_error * size_x, 0.0)
+        gradient = size_r * primal[:, 1] + primal[:, 0] * size_x
+        useful = error_r * primal[:, 1] + primal[:, 0] * error_x <= accept * gradient
+        useful &= error_r <= accept * torch.maximum(size_r, accept * norm(b))
+        report = report._replace(
+            status=torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
+        )
     finite = torch.isfinite(r).all(1) & torch.isfinite(x).all(1)
     status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
-    error = torch.where(finite, report.solution_error, torch.inf)
-    return report._replace(status=status, solution_error=error)
+    none = ~finite | (status == RANK_DEFICIENT)
+    errors = (torch.where(none, torch.inf, error) for error in (report.residual_error, report.solution_error))
+    return report._replace(status=status, **dict(zip(("residual_error", "solution_error"), errors, strict=True)))
 
 
 def _require_finite(**tensors: Tensor | None) -> None:
@@ -170,15 +184,15 @@ def _require_finite(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 
-def _solve_fake(values, damp, b, c, indices, m, n, settings, holder, on_failure):
+def _solve_fake(values, damp, b, c, primal, indices, m, n, settings, holder, on_failure):
     copies, k = values.shape[0], (b if b is not None else c).shape[2]
     report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
     return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
 
 
 _solve = define(
-    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor indices, SymInt m, SymInt n, int settings, "
-    "int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
+    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? primal, Tensor indices, SymInt m, SymInt n, "
+    "int settings, int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
     _solve_kernel,
     _solve_fake,
 )
@@ -198,10 +212,10 @@ class Static(NamedTuple):
 
 class Solve(Primitive):
     @classmethod
-    def forward(cls, static: Static, values, damp, b, c, indices):
+    def forward(cls, static: Static, values, damp, b, c, primal, indices):
         m, n, settings, on_failure, holder = static
         key = 0 if is_traced(values) else holder.key
-        tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c)]
+        tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, primal)]
         return _solve(*tensors, indices, m, n, settings, key, on_failure)
 
     @classmethod
@@ -211,34 +225,37 @@ class Solve(Primitive):
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        values, damp, _, c, indices = inputs
-        r, x, _ = outputs
+        values, damp, _, c, _, indices = inputs
+        r, x, report = outputs
         r_bar, x_bar, _ = cotangents
         if r_bar is None and x_bar is None:
-            return (None,) * 5
+            return (None,) * 6
         static, (m, n) = static.derivative(), static[:2]
-        l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, indices)
+        primal = None
+        if c is None:  # then l_x, the gradient by c, serves the gradient by the values alone
+            primal = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in (r, x)], 1).detach()
+        l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, indices)
         values_bar = damp_bar = None
         if needed[0]:
             left, right = [-l_r, -r], [x, l_x]
             if _by_number[static.settings].minimum_norm:
-                u_r, _, _ = cls.apply(static, values, damp, None, x, indices)
+                u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
                 left.append(u_r)
-                right.append(_outside(static, values, damp, l_r, l_x, x_bar, indices))
+                right.append(_outside(static, values, damp, l_r, l_x, x_bar, report, indices))
                 if c is not None:
-                    v_r, _, _ = cls.apply(static, values, damp, None, l_x, indices)
+                    v_r, _, _ = cls.apply(static, values, damp, None, l_x, None, indices)
                     left.append(v_r)
-                    right.append(_outside(static, values, damp, r, x, c, indices))
+                    right.append(_outside(static, values, damp, r, x, c, report, indices))
             values_bar = sample(torch.cat(left, -1), torch.cat(right, -1), indices, m, n)
         if needed[1]:
             damp_bar = 2 * damp * (l_x.conj() * x).sum((1, 2)).real
-        return values_bar, damp_bar, l_r if needed[2] else None, l_x if needed[3] else None, None
+        return values_bar, damp_bar, l_r if needed[2] else None, l_x if needed[3] else None, None, None
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
-        values, damp, _, c, indices = inputs
-        r, x, _ = outputs
-        values_dot, damp_dot, b_dot, c_dot, _ = tangents
+        values, damp, _, c, _, indices = inputs
+        r, x, report = outputs
+        values_dot, damp_dot, b_dot, c_dot, _, _ = tangents
         static, (m, n) = static.derivative(), static[:2]
         beyond = None
         if values_dot is not None:
@@ -246,31 +263,32 @@ class Solve(Primitive):
             c_dot = _minus(c_dot, multiply(values_dot, r, indices, m, n, True))
             if _by_number[static.settings].minimum_norm:
                 if c is not None:
-                    lost = multiply(values_dot, _outside(static, values, damp, r, x, c, indices), indices, m, n, False)
-                    _, w_x, _ = cls.apply(static, values, damp, lost, None, indices)
+                    lost = _outside(static, values, damp, r, x, c, report, indices)
+                    lost = multiply(values_dot, lost, indices, m, n, False)
+                    _, w_x, _ = cls.apply(static, values, damp, lost, None, None, indices)
                     c_dot = c_dot + w_x
-                u_r, _, _ = cls.apply(static, values, damp, None, x, indices)
+                u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
                 beyond = multiply(values_dot, u_r, indices, m, n, True)
         if damp_dot is not None:
             c_dot = _minus(c_dot, -2 * (damp * damp_dot)[:, None, None] * x)
         if b_dot is None and c_dot is None:
-            return None, None, None
-        r_dot, x_dot, _ = cls.apply(static, values, damp, b_dot, c_dot, indices)
+            return torch.zeros_like(r), torch.zeros_like(x), None
+        r_dot, x_dot, _ = cls.apply(static, values, damp, b_dot, c_dot, None, indices)
         if beyond is not None:
-            q_r, q_x, _ = cls.apply(static, values, damp, None, beyond, indices)
-            x_dot = x_dot + _outside(static, values, damp, q_r, q_x, beyond, indices)
+            q_r, q_x, _ = cls.apply(static, values, damp, None, beyond, None, indices)
+            x_dot = x_dot + _outside(static, values, damp, q_r, q_x, beyond, report, indices)
         return r_dot, x_dot, None
 
     @classmethod
-    def vmap(cls, info, in_dims, static, values, damp, b, c, indices):
-        _, of_values, of_damp, of_b, of_c, _ = in_dims
+    def vmap(cls, info, in_dims, static, values, damp, b, c, primal, indices):
+        _, of_values, of_damp, of_b, of_c, of_primal, _ = in_dims
         size = info.batch_size
         if of_values is None and of_damp is None:
             b, c = join_columns(b, of_b, size), join_columns(c, of_c, size)
-            outputs = cls.apply(static, values, damp, b, c, indices)
+            outputs = cls.apply(static, values, damp, b, c, join_columns(primal, of_primal, size), indices)
             return tuple(split_columns(output, size) for output in outputs), (2, 2, 2)
-        dims = (of_values, of_damp, of_b, of_c)
-        joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c), dims, strict=True)]
+        dims = (of_values, of_damp, of_b, of_c, of_primal)
+        joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c, primal), dims, strict=True)]
         outputs = cls.apply(static, *joined, indices)
         return tuple(split_matrices(output, size) for output in outputs), (0, 0, 0)
 
@@ -279,12 +297,13 @@ def _minus(x: Tensor | None, y: Tensor) -> Tensor:
     return -y if x is None else x - y
 
 
-def _outside(static: Static, values, damp, r: Tensor, x: Tensor, c: Tensor | None, indices: Tensor) -> Tensor:
-    """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach."""
+def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tensor, indices: Tensor) -> Tensor:
+    """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach; 0 for full rank."""
     reached = multiply(values, r, indices, static.m, static.n, True)
     if damp is not None:
         reached = reached - damp.square()[:, None, None] * x
-    return -reached if c is None else c - reached
+    deficient = report[:, Report._fields.index("rank"), None, :1] < static.n
+    return torch.where(deficient, -reached if c is None else c - reached, 0.0)
 
 
 @in_graph
@@ -307,4 +326,4 @@ def solve_augmented(
         settings: the number of a `Settings`.
         on_failure: "raise", "return" (what was reached) or "nan".
     """
-    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, indices)
+    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, None, indices)

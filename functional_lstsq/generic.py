@@ -61,6 +61,9 @@ def sparse_generic_lstsq(
         raise ValueError(
             f"B must have shape (m,) or (m, k) for A of shape (m, n), got A {tuple(A.shape)} and B {tuple(B.shape)}"
         )
+    for name, solver in (("lstsq", lstsq), ("transpose_lstsq", transpose_lstsq)):
+        if solver is not None and not callable(solver):
+            raise TypeError(f"{name} must be callable, got {solver!r}")
     if lstsq is None and transpose_lstsq is None:
         X = solve_lstsq(A, B)
     else:
@@ -78,9 +81,9 @@ def _solve_as_given(A: Tensor, B: Tensor, lstsq: Solver, transpose_lstsq: Solver
     matrix = SparseMatrix.from_torch(A)
     with torch._C._DisableFuncTorch():
         given = _Given(A.detach(), lstsq, transpose_lstsq, B.ndim == 1)
-    static = _Static(*matrix.shape, number_of(None, False), "raise", given)
+    static = _Static(*matrix.shape, number_of(None, False, torch.finfo(A.dtype).eps), "raise", given)
     columns = B[None] if B.ndim == 2 else B[None, :, None]
-    X = _SolveAsGiven.apply(static, matrix.values[None], None, columns, None, matrix.pattern.indices)[1][0]
+    X = _SolveAsGiven.apply(static, matrix.values[None], None, columns, None, None, matrix.pattern.indices)[1][0]
     return X if B.ndim == 2 else X[:, 0]
 
 
@@ -122,7 +125,7 @@ class _SolveAsGiven(Solve):
     """K (r, x) = (b, c) by the two given solvers: y = (A^T)^+ c,  x = A^+ (b - y),  r = b - A x."""
 
     @classmethod
-    def forward(cls, static, values, damp, b, c, indices):
+    def forward(cls, static, values, damp, b, c, primal, indices):
         m, n, _, _, given = static
         if values.shape[0] != 1:
             raise RuntimeError("a batch of matrices cannot go to a given solver; leave lstsq and transpose_lstsq out")

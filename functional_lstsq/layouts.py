@@ -11,6 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
 from torch._functorch.utils import enable_single_level_autograd_function
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
@@ -21,7 +28,34 @@ _PARTS = {
 
 
 def take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, indices) of a COO tensor, whose duplicates are added up, or of a CSR or CSC tensor."""
+    """(values, indices) of a COO tensor, whose duplicates are added up, or of a CSR or CSC tensor.
+
+    What a transformation of torch.func is about cannot be taken apart outside of it: torch lets `grad` and its like
+    through COO tensors, and nothing else.
+    """
+    if is_functorch_wrapped_tensor(A):
+        if A.layout != torch.sparse_coo or any(kind != TransformType.Grad for kind in _transformations(A)):
+            raise TypeError(
+                f"A is a torch sparse tensor (layout {A.layout}) that depends on what torch.func transforms; torch "
+                "allows that for grad and vjp of COO tensors only: make it a SparseMatrix(values, pattern) instead"
+            )
+        A = A.coalesce()
+        return A.values(), A.indices()
+    with torch._C._DisableFuncTorch():
+        return _take_apart(A)
+
+
+def _transformations(tensor: Tensor) -> list[TransformType | None]:
+    """The transformations that `tensor` depends on."""
+    kinds = {level.level(): level.key() for level in get_interpreter_stack() or ()}
+    found = []
+    while is_functorch_wrapped_tensor(tensor):
+        found.append(kinds.get(maybe_get_level(tensor)))
+        tensor = get_unwrapped(tensor)
+    return found
+
+
+def _take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
     if A.layout == torch.sparse_coo:
         A = A.coalesce()
         return A.values(), A.indices()

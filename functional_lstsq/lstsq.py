@@ -35,7 +35,8 @@ def lstsq(
         b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
         damp: non-negative number or 0-d real tensor, in units of A; None for no damping.
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
-            out; the derivative by a weight that is 0 is NaN.
+            out; the derivative by a weight that is 0 is NaN. (A wide A that loses a row has no full rank: see
+            rank_deficient.)
         solver: `Dense()`, `CGLS()`, or another solver object; None chooses by size.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
 
@@ -45,7 +46,9 @@ def lstsq(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or with NaN or infinity in it.
         RankDeficientError: A has no full rank (a `torch.linalg.LinAlgError`).
-        ConvergenceError: the estimated forward error is above eps^(1/3) of the dtype (a `torch.linalg.LinAlgError`).
+        ConvergenceError: the estimated forward error of x, or of the residual, is above eps^(1/3) of the dtype (a
+            `torch.linalg.LinAlgError`). Errors are relative, except where the whole of x is below eps^(1/3) |b| / |A|,
+            columns scaled, as for b orthogonal to the range: there an error of eps^(2/3) |b| / |A| is accepted.
 
     Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation.
     All arithmetic of a solve is in double precision; results are rounded to the dtype of the input.
@@ -65,7 +68,7 @@ def lstsq(
     """
     problem = _pose(A, b, damp, weights, solver, rank_deficient)
     r, x, _ = _run(problem, "raise")
-    return _shaped(r if problem.wide else x, problem)
+    return _shaped(r if problem.wide else x, problem).to(problem.dtype)
 
 
 def solve(
@@ -114,17 +117,18 @@ def solve(
     solution = _shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and weights is None
     residual = _shaped(r, problem) if is_residual else problem.b - product(problem.A, solution)
-    return Solution(solution, residual, info)
+    return Solution(solution.to(problem.dtype), residual.to(problem.dtype), info)
 
 
 class _Problem(NamedTuple):
-    """Checked arguments of one dtype."""
+    """Checked arguments, in double precision, and the dtype of the results."""
 
     A: SparseMatrix
     b: Tensor
     damp: Tensor | None
     weights: Tensor | None
     settings: int
+    dtype: torch.dtype
 
     @property
     def wide(self) -> bool:
@@ -133,7 +137,7 @@ class _Problem(NamedTuple):
 
 def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, 0); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
-    A, b, damp, weights, settings = problem
+    A, b, damp, weights, settings, _ = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
     pattern, values = A.pattern, A.values
     if weights is not None:
@@ -165,7 +169,9 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
     if isinstance(A, Tensor) and A.layout in LAYOUTS:
         A = SparseMatrix.from_torch(A)
     if not isinstance(A, SparseMatrix):
-        got = f"a dense tensor of shape {tuple(A.shape)}" if isinstance(A, Tensor) else type(A).__name__
+        got = type(A).__name__
+        if isinstance(A, Tensor):
+            got = f"a dense tensor of shape {tuple(A.shape)}" if A.layout == torch.strided else f"layout {A.layout}"
         raise TypeError(f"A must be a SparseMatrix or a torch sparse COO, CSR or CSC tensor, got {got}")
     single(A, "A")
     m, _ = A.shape
@@ -178,9 +184,10 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
     if b.device != A.device:
         raise ValueError(f"b is on {b.device}, A is on {A.device}")
     dtype = torch.promote_types(A.dtype, b.dtype)
-    if A.dtype not in DTYPES or dtype not in DTYPES:
+    coarse = (b.is_floating_point() or b.is_complex()) and b.dtype not in DTYPES
+    if A.dtype not in DTYPES or coarse:
         raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {A.dtype} and {b.dtype}")
-    real = torch.empty((), dtype=dtype).real.dtype
+    real = torch.float64
     if damp is not None:
         if isinstance(damp, Tensor) and damp.ndim == 0 and not damp.is_complex():
             damp = damp.to(device=A.device, dtype=real)
@@ -196,7 +203,7 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
         if weights.shape != (m,):
             raise ValueError(f"weights must have shape ({m},), one for each row of A, got {tuple(weights.shape)}")
         weights = weights.to(device=A.device, dtype=real)
-    if solver is not None and not callable(getattr(solver, "prepare", None)):
+    if isinstance(solver, type) or (solver is not None and not callable(getattr(solver, "prepare", None))):
         raise TypeError(f"solver must be None or a solver such as Dense() or CGLS(), got {solver!r}")
     if type(solver).__hash__ is None:
         raise TypeError(f"solver must be hashable, a frozen dataclass for example, got {solver!r}")
@@ -204,9 +211,10 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
     for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights)):
         _check_numbers(name, tensor)
-    settings = number_of(solver, rank_deficient == "minimum_norm")
-    A = SparseMatrix(A.values.to(dtype), A.pattern)
-    return _Problem(A, b.to(dtype), damp, weights, settings)
+    settings = number_of(solver, rank_deficient == "minimum_norm", torch.finfo(dtype).eps)
+    double = torch.promote_types(dtype, torch.float64)
+    A = SparseMatrix(A.values.to(double), A.pattern)
+    return _Problem(A, b.to(double), damp, weights, settings, dtype)
 
 
 def _check_numbers(name: str, tensor: Tensor | None) -> None:

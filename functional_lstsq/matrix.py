@@ -136,11 +136,10 @@ class SparseMatrix:
             raise TypeError(f"A must be a torch sparse COO, CSR or CSC tensor, got {got}")
         if A.ndim != 2:
             raise ValueError(f"A must have two dimensions, got shape {tuple(A.shape)}")
-        with torch._C._DisableFuncTorch():
-            values, indices = take_apart(A)
-            if values.ndim != 1:
-                raise ValueError(f"A must have scalar entries, got entries of shape {tuple(values.shape[1:])}")
-            return SparseMatrix(values, SparsePattern(indices, (A.shape[0], A.shape[1])))
+        values, indices = take_apart(A)
+        if values.ndim != 1:
+            raise ValueError(f"A must have scalar entries, got entries of shape {tuple(values.shape[1:])}")
+        return SparseMatrix(values, SparsePattern(indices, (A.shape[0], A.shape[1])))
 
     @staticmethod
     def from_scipy(A: scipy.sparse.sparray | scipy.sparse.spmatrix, device: torch.device | str = "cpu") -> SparseMatrix:

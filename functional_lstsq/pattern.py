@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,8 +14,13 @@ from torch._C._functorch import is_batchedtensor
 
 from .transforms import concrete
 
-# A pattern is made of plain tensors wherever it is made: inside torch.func even a slice would come out wrapped.
-_plainly = torch._C._DisableFuncTorch
+
+# A pattern is made of plain tensors wherever it is made: inside torch.func even a slice would come out wrapped, and
+# what is made in inference mode could not be saved for a derivative later.
+@contextmanager
+def _plainly():
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        yield
 
 
 class Orientation(NamedTuple):
@@ -61,7 +68,7 @@ class SparsePattern:
         if indices.ndim != 2 or indices.shape[0] != 2:
             raise ValueError(f"indices must have shape (2, nnz), got {tuple(indices.shape)}")
         try:
-            m, n = (int(size) for size in shape)
+            m, n = (operator.index(size) for size in shape)
         except (TypeError, ValueError):
             raise ValueError(f"shape must be a pair (rows, columns) of integers, got {shape!r}") from None
         if m < 0 or n < 0:

@@ -122,7 +122,7 @@ def _sample_kernel(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Ten
     left, right = U.reshape(-1, k).resolve_conj(), W.reshape(-1, k).mH.resolve_conj()
     found = torch.sparse.sampled_addmm(mask, left, right, beta=0.0).values().view(copies, -1)
     if where.order is None:
-        return found
+        return found.clone()  # not a view of a sparse tensor, which torch.func could not take
     result = torch.empty_like(found)
     result[:, where.order] = found
     return result

@@ -97,7 +97,7 @@ class Solution(NamedTuple):
     info: SolveInfo
 
 
-def check(report: Report, shape: tuple[int, int], accept: float) -> None:
+def check(report: Report, full: int, accept: float, minimum_norm: bool) -> None:
     """Raise what a report of failure calls for; one host synchronisation when all is well."""
     failed = report.status != CONVERGED
     if not bool(failed.any()):
@@ -109,19 +109,23 @@ def check(report: Report, shape: tuple[int, int], accept: float) -> None:
     if matrices * columns > 1:
         which = f"column {column}" if matrices == 1 else f"matrix {p} of the batch, column {column}"
         where = f" ({int(failed.sum())} of {matrices * columns} right-hand sides failed; the first: {which})"
-    m, n = shape
-    method = _methods[int(figures["method"])]
-    if figures["status"] == RANK_DEFICIENT:
-        known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {min(m, n)}"
+    method, status = _methods[int(figures["method"])], int(figures["status"])
+    if status == RANK_DEFICIENT:
+        known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
+        advice = (
+            f"method {method} cannot give the solution of least norm: pass solver=Dense(), which takes n^2 memory"
+            if minimum_norm
+            else "pass rank_deficient='minimum_norm' for the one of least norm"
+        )
         raise RankDeficientError(
-            f"A has {known}, not full rank {min(m, n)}, by method {method}{where}: the solution is not unique. Pass "
-            "rank_deficient='minimum_norm' for the one of least norm, or damp > 0, or remove the dependent columns"
+            f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
+            f"unique; {advice}, or damp > 0, or remove the dependent columns"
         )
     error = max(figures["residual_error"], figures["solution_error"])
+    first = "raise max_iterations" if status == ITERATION_LIMIT else "rescale or remove nearly dependent columns"
     raise ConvergenceError(
-        f"method {method} ended after {int(figures['iterations'])} iterations with status "
-        f"'{STATUSES[int(figures['status'])]}'{where}: estimated forward error {error:.1e} is above what is accepted, "
-        f"{accept:.1e}; optimality {figures['optimality']:.1e}, condition number about {figures['condition']:.1e}. "
-        "Try damp > 0, rescale or remove nearly dependent columns, or pass throw=False to solve to see how far it "
-        "came"
+        f"method {method} ended after {int(figures['iterations'])} iterations with status '{STATUSES[status]}'{where}: "
+        f"estimated forward error {error:.1e} is above what is accepted, {accept:.1e}; condition number about "
+        f"{figures['condition']:.1e}, optimality {figures['optimality']:.1e}. Try: {first}, damp > 0, or throw=False "
+        "in solve to see how far it came"
     )

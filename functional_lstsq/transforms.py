@@ -31,8 +31,16 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     `torch.library.custom_op` with `register_autograd` would be shorter, but fails under `torch.func.grad` and gives
     zero under `jacfwd`, so derivatives are the business of `Primitive`, one floor above.
     """
+
+    def in_its_own_precision(*args: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
     name = _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, in_its_own_precision, "CompositeExplicitAutograd")
     torch.library.register_fake(f"functional_lstsq::{name}", fake, lib=_library)
     return getattr(torch.ops.functional_lstsq, name).default
 

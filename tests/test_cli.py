@@ -1,6 +1,7 @@
 """The command line, as a person would call it."""
 
 import gzip
+import re
 import subprocess
 import sys
 
@@ -51,7 +52,9 @@ def test_solve_several_columns_and_none(files, capsys):
 def test_deficient_matrix(tmp_path, capsys):
     scipy.io.mmwrite(tmp_path / "A.mtx", scipy.sparse.coo_array(np.ones((4, 2))))
     assert main(["solve", f"{tmp_path}/A.mtx"]) == 1
-    assert "rank 1, not full rank 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "rank 1, not full rank 2" in error
+    assert "--minimum-norm" in error
     assert main(["solve", f"{tmp_path}/A.mtx", "--minimum-norm"]) == 0
 
 
@@ -63,20 +66,26 @@ def test_deficient_matrix(tmp_path, capsys):
         (["{}/A.mtx.gz", "{}/A.mtx.gz", "-o", "{}/no/x.mtx"], "is not a folder"),
         (["{}/A.mtx.gz", "{}/short.mtx"], "has 5 rows, .* has 8"),
         (["{}/A.mtx.gz", "--damp", "-1"], "damp must not be negative"),
-        (["{}/A.mtx.gz", "{}/nan.mtx"], "b must be finite"),
+        (["{}/A.mtx.gz", "{}/nan.mtx"], "nan.mtx holds NaN or infinity"),
+        (["{}/A.mtx.gz", "-o", "{}/A.mtx.gz"], "it is an input too"),
+        (["{}/A.mtx.gz", "-o", "{}/x.mtx", "--gradient", "{}/x.mtx"], "cannot write both results"),
+        (["{}/A.mtx.gz", "-o", ""], "not the name of a file"),
+        (["{}"], "not a file"),
+        (["{}/empty.mtx"], "the file is empty"),
+        (["{}/huge.mtx"], "huge|memory|allocate"),
         (["{}/A.mtx.gz", "{}/b.mtx", "-o", "{}"], "cannot write"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
     folder, *_ = files
     (folder / "text.mtx").write_text("hello")
+    (folder / "empty.mtx").write_text("")
+    (folder / "huge.mtx").write_text("%%MatrixMarket matrix coordinate real general\n1000000000000 3 1\n1 1 1\n")
     scipy.io.mmwrite(folder / "short.mtx", np.ones((5, 1)))
     (folder / "nan.mtx").write_text("%%MatrixMarket matrix array real general\n8 1\n" + "nan\n" * 8)
     assert main(["solve", *(argument.format(folder) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    import re
-
     assert re.search(message, error)
 
 

@@ -1,10 +1,20 @@
 """Every derivative is right: orders, mixes, shapes, solvers, arguments."""
 
 import itertools
+import math
 
 import pytest
 import torch
-from helpers import SOLVERS, close, full_pattern, mixes, problem, through_normal_equations, through_pinv
+from helpers import (
+    SOLVERS,
+    close,
+    full_pattern,
+    mixes,
+    problem,
+    through_normal_equations,
+    through_pinv,
+    with_singular_values,
+)
 from torch.func import grad, jacfwd, jacrev
 
 import functional_lstsq as fl
@@ -188,3 +198,42 @@ def test_zero_damp_has_zero_derivative_and_weights_of_zero_leave_rows_out():
     by_weights = grad(lambda w: fl.lstsq(A, b, weights=w).sum())(weights)
     assert by_weights[2].isnan()
     assert by_weights[weights > 0].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("condition", [1e2, 1e3, 1e4, 1e5])
+def test_gradient_of_the_sum_of_squared_residuals(solver, condition):
+    """2 r and -2 r x^T, well-posed at any condition number; the adjoint has a part that is zero but for rounding."""
+    A, pattern = with_singular_values(torch.logspace(0, -math.log10(condition), 10, dtype=torch.float64), 50)
+    b = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(values, b):
+        solution = fl.solve(fl.SparseMatrix(values, pattern), b, solver=SOLVERS[solver])
+        return solution.residual.square().sum(), solution
+
+    (by_A, by_b), solution = grad(loss, (0, 1), has_aux=True)(A.reshape(-1), b)
+    close(by_b, 2 * solution.residual)
+    close(by_A.view(50, 10), -2 * torch.outer(solution.residual, solution.x), 1e-6)
+
+
+def test_complex_gradients_are_plain_tensors():
+    generator = torch.Generator().manual_seed(0)
+    values, b = (torch.randn(k, dtype=torch.complex128, generator=generator) for k in (6, 3))
+
+    def loss(values, weights=None):
+        return fl.lstsq(fl.SparseMatrix(values, full_pattern(3, 2)), b, weights=weights).abs().sum()
+
+    gradient = grad(loss)(values)
+    assert not gradient._is_view() or gradient._base.layout == torch.strided
+    close(gradient.conj().conj() * 1, grad(lambda v: loss(v, torch.ones(3)))(values))
+
+
+def test_minimum_norm_of_full_rank_is_as_without():
+    """In single precision, with rows of very different size: the terms for lost rank are nothing, not noise."""
+    D = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1e4], [1e8]])
+    b = torch.ones(3)
+
+    def loss(values, mode):
+        return fl.lstsq(fl.SparseMatrix(values, full_pattern(3, 6)), b, rank_deficient=mode).sum()
+
+    close(*(grad(lambda v, mode=mode: loss(v, mode))(D.reshape(-1)) for mode in ("minimum_norm", "raise")), 1e-6)

@@ -103,6 +103,7 @@ def test_throw_false_tells_instead_of_raising():
     assert solution.info.status == "rank deficient"
     assert int(solution.info.rank) == 1
     assert solution.x.isnan().all()
+    assert float(solution.info.forward_error) == float("inf")
     solution.x.sum().backward()
     assert values.grad.isnan().all()
     both = torch.stack([values.detach(), torch.tensor([1.0, 0.0, 0.0, 1.0]).double()])
@@ -137,9 +138,12 @@ def test_errors_name_the_argument():
         (lambda: fl.lstsq(A, b, weights=-b.abs()), ValueError, r"weights must not be negative"),
         (lambda: fl.lstsq(A, b, weights=b * 1j), TypeError, r"weights must be a real tensor"),
         (lambda: fl.lstsq(A, b, solver="lsmr"), TypeError, r"solver must be None or a solver"),
+        (lambda: fl.lstsq(A, b, solver=fl.CGLS), TypeError, r"solver must be None or a solver"),
+        (lambda: fl.lstsq(A, b.half()), TypeError, r"A and b must be float32"),
+        (lambda: fl.SparsePattern(pattern.indices, (6.5, 3)), ValueError, r"shape must be a pair"),
         (lambda: fl.lstsq(A, b, rank_deficient="ignore"), ValueError, r"rank_deficient must be"),
-        (lambda: fl.CGLS(tolerance=0.0), ValueError, r"tolerance must lie between 0 and 1"),
-        (lambda: fl.CGLS(max_iterations=0), ValueError, r"max_iterations must be at least 1"),
+        (lambda: fl.CGLS(tolerance=0.0), ValueError, r"tolerance must be above 0 and below 1"),
+        (lambda: fl.CGLS(max_iterations=0), ValueError, r"max_iterations must be above 0"),
         (lambda: torch.vmap(lambda b: fl.lstsq(A, b))(torch.stack([b, nan])), ValueError, r"b must be finite"),
         (
             lambda: torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v / 0, pattern), b).sum())(values),
@@ -157,6 +161,7 @@ def test_empty_sizes():
         for b in (torch.ones(m, dtype=torch.float64), torch.ones(m, 2, dtype=torch.float64)):
             solution = fl.solve(A, b)
             assert solution.x.shape == (n, *b.shape[1:])
+            assert solution.info.method == "none"
             assert torch.equal(solution.residual, b)
 
 

@@ -166,3 +166,34 @@ def test_bad_matrices():
         fl.SparseMatrix.from_scipy(np.eye(3))
     with pytest.raises(ValueError, match="cannot be vmapped"):
         torch.vmap(lambda i: fl.SparsePattern(i, (4, 3)).indices)(torch.zeros(2, 2, 1, dtype=torch.int64))
+
+
+def test_coo_tensors_inside_transformations_are_right_or_refused():
+    """torch.func.grad takes COO tensors; where torch drops derivatives of sparse tensors there is an error."""
+    pattern, values, b = problem(6, 3)
+    A = fl.SparseMatrix(values, pattern)
+    D, T = A.to_dense(), A.to_torch()
+    want = torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v, pattern), b).sum())(values)
+    close(torch.func.grad(lambda T: fl.lstsq(T, b).sum())(T).to_dense(), dense(want, pattern))
+    close(torch.func.grad(lambda D: fl.lstsq(D.to_sparse(), b).sum())(D), dense(want, pattern))
+    close(torch.func.vjp(lambda T: fl.lstsq(T, b), T)[1](torch.ones(3).double())[0].to_dense(), dense(want, pattern))
+    made = torch.func.grad(lambda v: fl.lstsq(torch.sparse_coo_tensor(pattern.indices, v, (6, 3)), b).sum())
+    close(made(values), want)
+    two = torch.tensor(2.0, dtype=torch.float64)
+    by_factor = torch.func.grad(lambda s: fl.lstsq(T * s, b).sum())
+    close(by_factor(two), -fl.lstsq(A, b).sum() / 4)
+    with pytest.raises((TypeError, RuntimeError)):  # torch's own refusal, or ours
+        torch.func.jvp(lambda s: fl.lstsq(T * s, b), (two,), (two,))
+    with pytest.raises((TypeError, RuntimeError)):
+        torch.vmap(lambda s: fl.lstsq(T * s, b))(torch.stack([two, two]))
+    with pytest.raises(TypeError, match=r"make it a SparseMatrix"):
+        torch.func.jvp(lambda b: fl.lstsq(T.detach(), b), (b,), (b,))
+
+
+def test_patterns_made_in_inference_mode_serve_later():
+    pattern, values, b = problem(6, 3)
+    with torch.inference_mode():
+        made = fl.SparsePattern(pattern.indices.clone(), pattern.shape)
+        fl.lstsq(fl.SparseMatrix(values, made), b)
+    fl.lstsq(fl.SparseMatrix(values.requires_grad_(), made), b).sum().backward()
+    assert values.grad.isfinite().all()

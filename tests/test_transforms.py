@@ -253,3 +253,15 @@ def test_compiled_is_as_eager(shape, backend):
     for function, *inputs in cases:
         torch._dynamo.reset()
         close(torch.compile(function, backend=backend, fullgraph=True)(*inputs), function(*inputs), 1e-10)
+
+
+def test_autocast_leaves_a_solve_in_its_own_precision():
+    pattern, values, b = problem(6, 3, dtype=torch.float32)
+    A = fl.SparseMatrix(values, pattern)
+    want = fl.solve(A, b, weights=torch.ones(6)), A @ torch.ones(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fl.solve(A, b, weights=torch.ones(6)), A @ torch.ones(3)
+        gradient = grad(lambda A: fl.lstsq(A, b).sum())(A)
+    assert torch.equal(got[0].residual, want[0].residual)
+    assert torch.equal(got[1], want[1])
+    close(gradient.values, grad(lambda A: fl.lstsq(A, b).sum())(A).values)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .cgls import CGLS
 from .dense import Dense
-from .system import System
+from .system import System, check_number
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class Auto:
     dense_columns: int = 3200
     dense_bytes: int = 2**31
     cgls: CGLS = field(default_factory=CGLS)
+
+    def __post_init__(self):
+        check_number("dense_columns", self.dense_columns)
+        check_number("dense_bytes", self.dense_bytes)
+        if not isinstance(self.cgls, CGLS):
+            raise TypeError(f"cgls must be a CGLS(...), got {self.cgls!r}")
 
     def prepare(self, system: System, *, minimum_norm: bool):
         """Prepare the chosen method."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
 from .refine import Errors, Refined, refine, report
-from .system import EPS, Run, System, cgls, norm
+from .system import EPS, Run, System, cgls, check_number, noise, norm
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,13 @@ class CGLS:
     callback: Callable[[int, float], object] | None = None
 
     def __post_init__(self):
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance!r}")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations!r}")
+        check_number("tolerance", self.tolerance, optional=True, below=1)
+        check_number("accept", self.accept, optional=True)
+        if not isinstance(self.max_iterations, int):
+            raise TypeError(f"max_iterations must be an integer, got {self.max_iterations!r}")
+        check_number("max_iterations", self.max_iterations)
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be callable, got {self.callback!r}")
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Prepared:
         """Find the extreme singular values of `system`; the result solves for any right-hand side."""
@@ -59,7 +62,8 @@ class _Prepared:
     def _measure(self) -> None:
         """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free."""
         system = self.system
-        known = system.signs(system.scale).to(system.A.dtype)
+        # Two of them: that both are blind to a direction takes a chance of one in a million.
+        known = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
         b = system.A.matmul(known)
         c = -torch.zeros_like(known) if system.d2 is None else -system.d2 * known
         whole = norm(known)
@@ -72,19 +76,20 @@ class _Prepared:
             error, energy = norm(missing), norm(r).square()
             if system.d2 is not None:
                 energy = energy + norm(system.d2.sqrt() * missing).square()
-            found = energy.sqrt() / error
-            smallest = torch.where(error > 0, torch.minimum(smallest, found), smallest)
+            smallest = torch.where(error > 0, torch.minimum(smallest, energy.sqrt() / error), smallest)
             largest = torch.maximum(largest, gamma.sqrt() / energy.sqrt())  # |A^H r| / |r|
             # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
-            return (error <= 0.03 / system.n**0.5 * whole) | (smallest <= system.tolerance * largest)
+            found = error <= 1e-3 / system.n**0.5 * whole
+            return found | (smallest <= system.tolerance * largest)
 
         run = cgls(
             system, b, c, lambda g: g, converged, limit=self.settings.max_iterations, callback=self.settings.callback
         )
+        smallest, largest = smallest.amin(1, keepdim=True), largest.amax(1, keepdim=True)
         self.smallest, self.largest = smallest, largest
         self.deficient = smallest <= system.tolerance * largest
-        self.iterations = run.iterations
-        self.unseen = ~self.deficient & (run.iterations >= self.settings.max_iterations)
+        self.iterations = run.iterations.amax(1, keepdim=True)
+        self.unseen = ~self.deficient & (self.iterations >= self.settings.max_iterations)
         # So weak a direction is hidden in the rounding errors of A^H A.
         self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
 
@@ -130,11 +135,9 @@ class _Prepared:
     def _with_rounding(self, b: Tensor, c: Tensor, refined: Refined) -> Errors:
         """Errors with those of a last correction that is blurred by rounding in the gradient."""
         r, y, errors, _ = refined
-        size, scaled = norm(y), norm(self.system.weight * y)
-        blur = EPS * ((self.largest * norm(r) + norm(c)) / self.smallest + self.largest * size)  # of A y
-        shift = blur / self.smallest
-        in_x = shift * torch.where(size > 0, scaled / size, 0.0)
-        return Errors(errors.r + blur + EPS * norm(b), errors.y + shift, errors.x + in_x)
+        blur = EPS * ((self.largest * norm(r) + norm(c)) / self.smallest + self.largest * norm(y))  # of A y
+        shift = blur / self.smallest  # of y; of x too, at most, since all weights are at most 1
+        return Errors(errors.r + blur + EPS * norm(b), errors.y + shift, errors.x + shift)
 
     def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
         system = self.system

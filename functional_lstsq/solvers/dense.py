@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..result import RANK_DEFICIENT, Report, method_code
 from .refine import refine, report
-from .system import EPS, Run, System, cgls, dot, norm
+from .system import EPS, Run, System, cgls, check_number, dot, noise, norm
 
 # Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
 _CHOLESKY_CONDITION = 1e6
@@ -41,6 +41,9 @@ class Dense:
     """
 
     accept: float | None = None
+
+    def __post_init__(self):
+        check_number("accept", self.accept, optional=True)
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Factors:
         """Factor `system`; the result solves for any right-hand side."""
@@ -120,12 +123,17 @@ class _Factors:
     def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns; with a null space, K^+ in the unscaled ones."""
         system = self.system
+        given = c
         c = self._project(c * system.scale) / system.scale
         refined = refine(system, b, c, self._correct, largest=self.largest, target=4 * EPS, probe=True)
         if self.null is not None:
             y = self._project(refined.y / system.scale) * system.scale
-            lost = (self.null_error + EPS * self.largest / self.smallest) * norm(system.weight * y)
-            refined = refined._replace(y=y, errors=refined.errors._replace(x=refined.errors.x + lost))
+            blur = self.null_error + EPS * self.largest / self.smallest
+            errors = refined.errors._replace(
+                x=refined.errors.x + blur * norm(system.weight * y),
+                r=refined.errors.r + self.null_error * norm(given) / self.smallest + EPS * norm(refined.r),
+            )
+            refined = refined._replace(y=y, errors=errors)
         answer = report(
             system,
             b,
@@ -135,6 +143,7 @@ class _Factors:
             largest=self.largest,
             smallest=self.smallest,
             rank=self.rank,
+            given=given,
         )
         if not self.minimum_norm:
             deficient = self.rank < system.n
@@ -152,7 +161,7 @@ class _Factors:
 
 def _power(apply, system: System) -> Tensor:
     """Largest eigenvalue (P, 1) of a positive definite operator, by ten power iterations on four vectors."""
-    v = system.signs(system.scale.expand(-1, -1, 4)).to(system.A.dtype)
+    v = noise(system.scale.expand(-1, -1, 4)).to(system.A.dtype)
     size = torch.ones_like(v[:, :1].real)
     for _ in range(10):
         v = v / size

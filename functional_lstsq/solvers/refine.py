@@ -76,8 +76,8 @@ def refine(
         correct: an approximate solution of K d = f, right to some digits.
         largest: largest singular value (P, 1).
         target: size of a correction, relative to what it corrects, that is small enough.
-        probe: one solve more, with the rounding errors of the residuals as right-hand side, is added to the estimate.
-            Without it the estimate is the size of the last correction alone.
+        probe: the larger of two solves more, with samples of the rounding errors of the residuals as right-hand
+            sides, is added to the estimate. Without it the estimate is the size of the last correction alone.
     """
     measure = Measure(system, b, c, largest)
     r, y, gamma, iterations = correct(b, c)
@@ -98,7 +98,8 @@ def refine(
             break
     if probe:
         blurred = correct(*system.rounding(b, c, r, y))
-        errors = Errors(*map(torch.add, errors, measure.sizes(blurred.r, blurred.y)))
+        samples = (size.unflatten(1, (2, -1)).amax(1) for size in measure.sizes(blurred.r, blurred.y))
+        errors = Errors(*map(torch.add, errors, samples))
     return Refined(r, y, errors, iterations)
 
 
@@ -113,23 +114,32 @@ def report(
     smallest: Tensor,
     rank: int | Tensor,
     limited: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Report:
-    """Judge a solution; `largest` and `smallest` are singular values (P, 1), `limited` marks columns that ran out."""
+    """Judge a solution; `largest` and `smallest` are singular values (P, 1), `limited` marks columns that ran out.
+
+    `given` is the c that was asked about, where c is a projection of it.
+    """
     r, y, errors, iterations = refined
-    measure = Measure(system, b, c, largest)
+    measure = Measure(system, b, c if given is None else given, largest)
     whole = measure.sizes(r, y)
     accepted = measure.relative(errors, whole) <= system.accept
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
     slack = EPS * (norm(b) + largest * whole.y)
     gradient = norm(system.gradient(r, y, c))
+
+    def claim(error: Tensor, size: Tensor) -> Tensor:
+        relative = torch.where(accepted & (size == 0), 0.0, _ratio(error, size))  # a zero that is one
+        return relative + system.precision / 2
+
     return Report(
         status=torch.where(accepted, CONVERGED, failed) * ones,
         method=method * ones,
         iterations=iterations,
         optimality=_ratio(gradient, largest * torch.maximum(whole.r, slack) + norm(c)),
-        residual_error=_ratio(errors.r, whole.r) + system.precision / 2,
-        solution_error=_ratio(errors.x, whole.x) + system.precision / 2,
+        residual_error=claim(errors.r, whole.r),
+        solution_error=claim(errors.x, whole.x),
         condition=largest / smallest * ones,
         rank=rank * ones,
     )

@@ -52,8 +52,8 @@ class System:
         squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
         if damp is not None:
             squares = squares + (damp / largest).square()
-        exponents = torch.frexp(largest * torch.where(squares > 0, squares, 1.0).sqrt()).exponent
-        scale = torch.ldexp(torch.ones_like(largest), exponents)
+        exponents = torch.frexp(largest).exponent + torch.frexp(squares.clamp_min(1).sqrt()).exponent - 1
+        scale = power_of_two(exponents)
         self.scale = scale[:, :, None]  # D
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
@@ -77,17 +77,40 @@ class System:
         return b - r - self.A.matmul(y), -self.gradient(r, y, c)
 
     def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The size of the rounding errors in `residuals`, entry by entry, with fixed random signs."""
+        """Two samples, side by side, of errors as large as the rounding errors in `residuals`, entry by entry."""
         size = r.abs(), y.abs()
         first = EPS * (b.abs() + size[0] + self.magnitude.matmul(size[1]))
         second = EPS * (c.abs() + self.magnitude.adjoint(size[0]) + self.damped(size[1]))
-        return tuple((s * self.signs(s)).to(b.dtype) for s in (first, second))  # type: ignore[return-value]
+        first, second = (torch.cat([s, s], 2) for s in (first, second))
+        return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
 
-    def signs(self, like: Tensor) -> Tensor:
-        """Random signs, the same ones every time: bits of a hash, since vmap refuses random operations."""
-        h = torch.arange(1, like.numel() + 1, device=like.device) * 0x2545F4914F6CDD1D
-        h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
-        return (1 - 2 * (((h ^ (h >> 29)) >> 17) & 1)).view(like.shape).to(self.scale.dtype)
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """2^exponents in double precision, kept finite and normal."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents.clamp(-1021, 1023))
+
+
+def noise(like: Tensor) -> Tensor:
+    """Random reals of either sign, sizes from 1/2 to 3/2, the same ones every time.
+
+    Sizes differ, since vectors of signs alone are orthogonal to the differences of half of all pairs of columns. Taken
+    from a hash, since vmap refuses random operations.
+    """
+    h = torch.arange(1, like.numel() + 1, device=like.device) * 0x2545F4914F6CDD1D
+    h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
+    h = h ^ (h >> 29)
+    size = 0.5 + ((h >> 8) & 0xFFFFFF).to(torch.float64) / 2**24
+    return torch.where(((h >> 40) & 1) == 1, size, -size).view(like.shape)
+
+
+def check_number(name: str, value: object, *, optional: bool = False, below: float = float("inf")) -> None:
+    """Refuse a setting that is not a positive number below `below` (or None, where it is optional)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < below:
+        raise ValueError(f"{name} must be above 0 and below {below:g}, got {value!r}")
 
 
 class Run(NamedTuple):
