@@ -60,30 +60,39 @@ class _Prepared:
         self._measure()
 
     def _measure(self) -> None:
-        """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free."""
+        """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free.
+
+        Singular values are those of the matrix with columns of norm 1: y is measured as N y, with the norms N.
+        """
         system = self.system
         # Two of them: that both are blind to a direction takes a chance of one in a million.
         known = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
         b = system.A.matmul(known)
         c = -torch.zeros_like(known) if system.d2 is None else -system.d2 * known
-        whole = norm(known)
+        whole = norm(system.norms * known)
         smallest, error = norm(b) / whole, whole
         largest = torch.ones_like(smallest)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
             nonlocal smallest, largest, error
             missing = known - y
-            error, energy = norm(missing), norm(r).square()
+            error, energy = norm(system.norms * missing), norm(r).square()
             if system.d2 is not None:
                 energy = energy + norm(system.d2.sqrt() * missing).square()
             smallest = torch.where(error > 0, torch.minimum(smallest, energy.sqrt() / error), smallest)
-            largest = torch.maximum(largest, gamma.sqrt() / energy.sqrt())  # |A^H r| / |r|
+            largest = torch.maximum(largest, gamma.sqrt() / energy.sqrt())
             # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
             found = error <= 1e-3 / system.n**0.5 * whole
             return found | (smallest <= system.tolerance * largest)
 
         run = cgls(
-            system, b, c, lambda g: g, converged, limit=self.settings.max_iterations, callback=self.settings.callback
+            system,
+            b,
+            c,
+            self._precondition,
+            converged,
+            limit=self.settings.max_iterations,
+            callback=self.settings.callback,
         )
         smallest, largest = smallest.amin(1, keepdim=True), largest.amax(1, keepdim=True)
         self.smallest, self.largest = smallest, largest
@@ -132,17 +141,21 @@ class _Prepared:
         """Why a matrix failed, before any right-hand side was seen."""
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
 
+    def _precondition(self, g: Tensor) -> Tensor:
+        return g / self.system.norms.square()
+
     def _with_rounding(self, b: Tensor, c: Tensor, refined: Refined) -> Errors:
         """Errors with those of a last correction that is blurred by rounding in the gradient."""
         r, y, errors, _ = refined
         blur = EPS * ((self.largest * norm(r) + norm(c)) / self.smallest + self.largest * norm(y))  # of A y
-        shift = blur / self.smallest  # of y; of x too, at most, since all weights are at most 1
+        shift = 2 * blur / self.smallest  # of y; of x too, at most, since all weights are at most 1
         return Errors(errors.r + blur + EPS * norm(b), errors.y + shift, errors.x + shift)
 
     def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
         system = self.system
-        # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1.
-        limit, size = tolerance * self.smallest.square(), norm(c)
+        # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The
+        # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
+        limit, size = tolerance / 2 * self.smallest.square(), norm(c / system.norms)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
             gradient = gamma.sqrt()
@@ -150,4 +163,6 @@ class _Prepared:
             return (gradient <= limit * norm(system.weight * y)) | (gradient <= rounding)
 
         settings = self.settings
-        return cgls(system, b, c, lambda g: g, converged, limit=settings.max_iterations, callback=settings.callback)
+        return cgls(
+            system, b, c, self._precondition, converged, limit=settings.max_iterations, callback=settings.callback
+        )

@@ -3,7 +3,7 @@
     K s = t      K = [ I    A    ]     s = [ r ]     t = [ b ]
                      [ A^H  -d^2 ]         [ x ]         [ c ]
 
-Columns of [A; d I] are scaled to norms in [1/2, 1) by powers of two, and right-hand sides to size about 1, so that
+Columns of [A; d I] are scaled to norms of about 1 by powers of two, and right-hand sides to size about 1, so that
 scaling itself makes no rounding error: y = D x, A D^-1, c D^-1. (Scaling by norms is within sqrt(n) of the best column
 scaling: van der Sluis, Numer. Math. 14, 1969.)
 """
@@ -55,6 +55,8 @@ class System:
         exponents = torch.frexp(largest).exponent + torch.frexp(squares.clamp_min(1).sqrt()).exponent - 1
         scale = power_of_two(exponents)
         self.scale = scale[:, :, None]  # D
+        norms = largest / scale * torch.where(squares > 0, squares, 1.0).sqrt()
+        self.norms = norms[:, :, None]  # of the scaled columns: what powers of two have left over, 1/2 to 2
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
         self.d2 = None if damp is None else (damp / scale).square()[:, :, None]  # d^2 D^-2
