@@ -20,21 +20,18 @@ of A that keep its rank (Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, eq
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pattern import SparsePattern, find_pattern
-from .products import Operator, multiply, sample
+from .holder import Holder, by_number
+from .pattern import find_pattern
+from .products import multiply, sample
 from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check, method_code
-from .solvers import Auto
-from .solvers.system import System, norm, power_of_two
+from .solvers.system import norm, power_of_two
 from .transforms import (
     Primitive,
-    constant,
     define,
     in_graph,
     is_traced,
@@ -43,75 +40,6 @@ from .transforms import (
     split_columns,
     split_matrices,
 )
-
-
-class Settings(NamedTuple):
-    """What a solve is asked for."""
-
-    solver: Any
-    minimum_norm: bool
-    precision: float  # machine epsilon of the user's dtype; values and right-hand sides come in double precision
-
-
-_numbers: dict[Settings, int] = {}
-_by_number: list[Settings] = []
-
-
-@constant
-def number_of(solver: Any, minimum_norm: bool, precision: float) -> int:
-    """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
-
-    It is kept for good, since a graph may come back to it, so reuse solver objects rather than making one a call.
-    """
-    settings = Settings(Auto() if solver is None else solver, minimum_norm, precision)
-    if settings not in _numbers:
-        _numbers[settings] = len(_by_number)
-        _by_number.append(settings)
-    return _numbers[settings]
-
-
-class Holder:
-    """The factors of one matrix, for as long as the autograd graph that needs them lives.
-
-    Made for each call and kept by its graph alone. The kernel fills it in the forward solve and finds it filled in
-    every derivative, whatever the transformation, as long as it is asked for the same values.
-    """
-
-    __slots__ = ("__weakref__", "damp", "factors", "key", "system", "values", "version")
-    key: int
-    values: Tensor
-    damp: Tensor | None
-    version: int
-    system: System
-    factors: Any
-    living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
-    numbers = itertools.count(1)
-
-    def __init__(self):
-        self.key, self.factors = next(Holder.numbers), None
-        Holder.living[self.key] = self
-
-    def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
-        """(system, factors), made afresh if `values` or `damp` are not those of last time."""
-        if not self._holds(values, damp):
-            self.system = System(Operator(pattern, values), damp, settings.precision)
-            self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
-            self.values, self.version, self.damp = values, _version(values), damp
-        return self.system, self.factors
-
-    def _holds(self, values: Tensor, damp: Tensor | None) -> bool:
-        if self.factors is None or self.values.shape != values.shape or _version(self.values) != self.version:
-            return False
-        same = self.values.data_ptr() == values.data_ptr() and self.values.stride() == values.stride()
-        if not (same or torch.equal(self.values, values)):
-            return False
-        if damp is None or self.damp is None:
-            return damp is self.damp
-        return torch.equal(damp, self.damp)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _solve_kernel(
@@ -128,7 +56,7 @@ def _solve_kernel(
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = values.resolve_conj()
-    wanted, copies = _by_number[settings], values.shape[0]
+    wanted, copies = by_number[settings], values.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
     b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
@@ -238,7 +166,7 @@ class Solve(Primitive):
         values_bar = damp_bar = None
         if needed[0]:
             left, right = [-l_r, -r], [x, l_x]
-            if _by_number[static.settings].minimum_norm:
+            if by_number[static.settings].minimum_norm:
                 u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
                 left.append(u_r)
                 right.append(_outside(static, values, damp, l_r, l_x, x_bar, report, indices))
@@ -261,7 +189,7 @@ class Solve(Primitive):
         if values_dot is not None:
             b_dot = _minus(b_dot, multiply(values_dot, x, indices, m, n, False))
             c_dot = _minus(c_dot, multiply(values_dot, r, indices, m, n, True))
-            if _by_number[static.settings].minimum_norm:
+            if by_number[static.settings].minimum_norm:
                 if c is not None:
                     lost = _outside(static, values, damp, r, x, c, report, indices)
                     lost = multiply(values_dot, lost, indices, m, n, False)

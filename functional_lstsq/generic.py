@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .augmented import Solve, number_of
+from .augmented import Solve
+from .holder import number_of
 from .lstsq import lstsq as solve_lstsq
 from .matrix import SparseMatrix
 

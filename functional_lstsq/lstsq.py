@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .augmented import number_of, solve_augmented
+from .augmented import solve_augmented
+from .holder import number_of
 from .layouts import LAYOUTS
 from .matrix import DTYPES, SparseMatrix, product, single
 from .products import sample

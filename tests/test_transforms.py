@@ -209,7 +209,7 @@ def test_factors_are_not_taken_for_changed_values():
 
 
 def test_factors_die_with_their_graph():
-    from functional_lstsq.augmented import Holder
+    from functional_lstsq.holder import Holder
 
     pattern, values, b = problem(6, 3)
     before = len(Holder.living)
