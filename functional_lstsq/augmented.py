@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .holder import Holder, by_number
-from .pattern import find_pattern
-from .products import multiply, sample
+from .pattern import SparsePattern, find_pattern
+from .products import Operator, multiply, sample
 from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check, method_code
 from .solvers.system import norm, power_of_two
 from .transforms import (
@@ -66,13 +66,14 @@ def _solve_kernel(
         nothing = nothing._replace(method=nothing.method + method_code("none"))
         return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1)
     keeper = Holder.living.get(holder) or Holder()
-    system, factors = keeper.prepare(wanted, values, damp, find_pattern(indices, m, n))
+    pattern = find_pattern(indices, m, n)
+    system, factors = keeper.prepare(wanted, values, damp, pattern)
     c = c / system.scale
     size = torch.maximum(b.abs().amax(1, keepdim=True), c.abs().amax(1, keepdim=True))
     size = power_of_two(torch.frexp(size).exponent)
     r, y, report = factors.solve(b / size, c / size)
     r, x = r * size, y / system.scale * size
-    report = _settle(report, system.accept, r, x, b, primal)
+    report = _settle(report, system.accept, r, x, b, primal, pattern)
     if on_failure == "raise":
         check(report, n, system.accept, wanted.minimum_norm)
     else:
@@ -82,23 +83,26 @@ def _solve_kernel(
     return r, x, torch.stack(list(report), 1)
 
 
-def _settle(report: Report, accept: float, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None) -> Report:
+def _settle(
+    report: Report, accept: float, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None, pattern: SparsePattern
+) -> Report:
     """The verdict on a solution, given what it is for.
 
-    Numbers that overflowed are no success, whatever the solver says. An adjoint solve l is one if the gradient
-    -(l_r x^H + r l_x^H) is right, for the primal (r, x) whose sizes are given, together with l_r: the gradient of
+    Numbers that overflowed are no success, whatever the solver says. An adjoint solve l is one if l_r and the gradient
+    -(l_r x^H + r l_x^H) are right, for the `primal` |r| (its first row) and |x|, entry by entry: the gradient of
     |residual|^2 has l_x = 0, and noise in it does no harm.
     """
-    if primal is not None:
-        size_r, size_x = norm(r), norm(x)
+    if primal is not None and bool((report.status == INACCURATE).any()):
+        size_r, of_r, of_x = norm(r), primal[:, 0], primal[:, 1:]
         error_r = torch.where(size_r > 0, report.residual_error * size_r, 0.0)
-        error_x = torch.where(size_x > 0, report.solution_error * size_x, 0.0)
-        gradient = size_r * primal[:, 1] + primal[:, 0] * size_x
-        useful = error_r * primal[:, 1] + primal[:, 0] * error_x <= accept * gradient
+        error_x = torch.where(x.abs().amax(1) > 0, report.solution_error * norm(x), 0.0)
+        # |l_r x^H| at the stored entries: elsewhere there is no gradient to be right.
+        stored = Operator(pattern, torch.ones_like(primal[:, :1, :1]).expand(-1, 1, pattern.nnz)[:, 0])
+        gradient = (r.abs().square() * stored.matmul(of_x.square())).sum(1).sqrt()
+        useful = error_r * norm(of_x) + of_r * error_x <= accept * gradient
         useful &= error_r <= accept * torch.maximum(size_r, accept * norm(b))
-        report = report._replace(
-            status=torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
-        )
+        status = torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
+        report = report._replace(status=status)
     finite = torch.isfinite(r).all(1) & torch.isfinite(x).all(1)
     status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
     none = ~finite | (status == RANK_DEFICIENT)
@@ -160,8 +164,8 @@ class Solve(Primitive):
             return (None,) * 6
         static, (m, n) = static.derivative(), static[:2]
         primal = None
-        if c is None:  # then l_x, the gradient by c, serves the gradient by the values alone
-            primal = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in (r, x)], 1).detach()
+        if c is None and not needed[1]:  # then l_x serves the gradient by the values alone
+            primal = torch.cat([torch.linalg.vector_norm(r, dim=1, keepdim=True), x.abs()], 1).detach()
         l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, indices)
         values_bar = damp_bar = None
         if needed[0]:

@@ -52,7 +52,8 @@ class SolveInfo(NamedTuple):
         method_code: which method answered; `method` gives its name.
         iterations: iterations of conjugate gradients, of all refinements together.
         optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient.
-        forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by.
+        forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by, except
+            where x is zero but for rounding (see `lstsq`).
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1
             (of its rows where A is wide).
         rank: numerical rank of A (of A with its damping).

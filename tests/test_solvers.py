@@ -266,3 +266,56 @@ def test_minimum_norm_beyond_the_dense_solver_says_so():
 def test_bad_settings_are_refused_when_they_are_made(make, error, name):
     with pytest.raises(error, match=f"{name} must be"):
         make()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_matrices_whose_probe_is_solved_exactly(solver):
+    """Diagonal and one-column matrices: nothing is divided by the zero that is left, and a zero column is seen."""
+    for diagonal in ([1.0, 1.0], [1.0, 2.0, 4.0], [3.0]):
+        D = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        solution = fl.solve(D.to_sparse_csr(), torch.ones(len(D), dtype=torch.float64), solver=SOLVERS[solver])
+        assert 1 <= float(solution.info.condition) < 10
+        close(solution.x, 1 / D.diagonal())
+        singular = torch.diag(torch.tensor([*diagonal, 0.0], dtype=torch.float64)).to_sparse_csr()
+        with pytest.raises(fl.RankDeficientError):
+            fl.lstsq(singular, torch.ones(len(D) + 1, dtype=torch.float64), solver=SOLVERS[solver])
+
+
+@pytest.mark.parametrize("large", [1.0, 1e4, 1e8])
+def test_a_large_entry_elsewhere_does_not_excuse_a_wrong_gradient(large):
+    """Two blocks without a common row: what the second makes of b says nothing of the gradient by the first."""
+    condition, generator = 1e7, torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64)).Q for k in (4, 2))
+    A = torch.zeros(5, 3, dtype=torch.float64)
+    A[:4, :2] = (U[:, :2] * torch.tensor([1, 1 / condition], dtype=torch.float64)) @ V.T
+    A[4, 2] = 1
+    rows, columns = A.nonzero().T
+    pattern, b = fl.SparsePattern(torch.stack([rows, columns]), (5, 3)), torch.zeros(5, dtype=torch.float64)
+    b[:4], b[4] = U[:, 2], large
+    w = torch.cat([V[:, 0], torch.zeros(1, dtype=torch.float64)])
+    with pytest.raises(fl.ConvergenceError):
+        torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v, pattern), b) @ w)(A[rows, columns])
+    solution = fl.solve(fl.SparseMatrix(A[rows, columns], pattern), b, throw=False)
+    assert solution.residual.isfinite().all()
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e7, 1e9])
+def test_gradient_by_damp_is_right_or_refused(condition):
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(*s, generator=generator, dtype=torch.float64)).Q for s in ((6, 3), (3, 3)))
+    A = (U * torch.tensor([1, 1, 1 / condition], dtype=torch.float64)) @ V.T
+    b, w = A @ torch.randn(3, generator=generator, dtype=torch.float64), V[:, 0].clone()
+    damp = torch.tensor(1e-3 / condition, dtype=torch.float64)
+    with mpmath.workdps(60):
+        M, d = mpmath.matrix(A.tolist()), mpmath.mpf(float(damp))
+        gram = M.T * M + d**2 * mpmath.eye(3)
+        x = mpmath.lu_solve(gram, M.T * mpmath.matrix(b.tolist()))
+        want = float((-2 * d * mpmath.matrix(w.tolist()).T * mpmath.lu_solve(gram, x))[0])
+    try:
+        got = torch.func.grad(lambda d: fl.lstsq(fl.SparseMatrix(A.reshape(-1), full_pattern(6, 3)), b, damp=d) @ w)(
+            damp
+        )
+    except fl.ConvergenceError:
+        assert condition > 1e5
+        return
+    assert abs(float(got) - want) <= 1e-4 * abs(want)

@@ -80,7 +80,7 @@ class _Prepared:
             if system.d2 is not None:
                 energy = energy + norm(system.d2.sqrt() * missing).square()
             smallest = torch.where(error > 0, torch.minimum(smallest, energy.sqrt() / error), smallest)
-            largest = torch.maximum(largest, gamma.sqrt() / energy.sqrt())
+            largest = torch.where(energy > 0, torch.maximum(largest, gamma.sqrt() / energy.sqrt()), largest)
             # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
             found = error <= 1e-3 / system.n**0.5 * whole
             return found | (smallest <= system.tolerance * largest)
@@ -98,7 +98,8 @@ class _Prepared:
         self.smallest, self.largest = smallest, largest
         self.deficient = smallest <= system.tolerance * largest
         self.iterations = run.iterations.amax(1, keepdim=True)
-        self.unseen = ~self.deficient & (self.iterations >= self.settings.max_iterations)
+        missed = (error > 1e-3 / system.n**0.5 * whole).any(1, keepdim=True)
+        self.unseen = ~self.deficient & missed
         # So weak a direction is hidden in the rounding errors of A^H A.
         self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
 
@@ -159,7 +160,7 @@ class _Prepared:
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
             gradient = gamma.sqrt()
-            rounding = EPS * (self.largest * norm(r) + size)
+            rounding = 10 * EPS * (self.largest * norm(r) + size)
             return (gradient <= limit * norm(system.weight * y)) | (gradient <= rounding)
 
         settings = self.settings

@@ -146,4 +146,4 @@ def report(
 
 
 def _ratio(size: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(size > 0, size / whole, 0.0)
+    return torch.where(size == 0, 0.0, size / whole)  # NaN stays NaN, which nothing accepts
