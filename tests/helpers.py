@@ -1,7 +1,6 @@
 """Problems and dense references for the tests."""
 
 import itertools
-import os
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ import torch
 import functional_lstsq as fl
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 SOLVERS = {"dense": fl.Dense(), "cgls": fl.CGLS(tolerance=1e-14)}
 
 
@@ -73,7 +71,3 @@ def close(got, want, tolerance=1e-8):
     error = float((got - want).abs().max()) if want.numel() else 0.0
     size = max(float(want.abs().max()), 1e-3) if want.numel() else 1.0
     assert error <= tolerance * size, f"off by {error / size:.1e}"
-
-
-def in_ci():
-    return bool(os.environ.get("CI"))
