@@ -3,8 +3,8 @@
     A^H A x + d^2 x = A^H b - c,    r = b - A x      (columns scaled to norm about 1)
 
 A small gradient says nothing of directions in which A is weak and which the iteration has not found yet. So before
-anything is solved, one problem with a known random solution is: the iteration goes on until that solution is
-found in every direction, which costs about one solve per matrix and gives the extreme singular values. From then on
+anything is solved, two problems with known random solutions are, side by side: the iteration goes on until those are
+found in every direction, which costs up to one solve per matrix and gives the extreme singular values. From then on
 |error| <= |gradient| / sigma_min^2 holds, and a last correction measures the error that is left.
 """
 
