@@ -5,7 +5,7 @@ from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
 from .pattern import SparsePattern
 from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
-from .solvers import CGLS, Auto, Dense
+from .solvers import CGLS, Auto, Dense, Direct
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Auto",
     "ConvergenceError",
     "Dense",
+    "Direct",
     "RankDeficientError",
     "Solution",
     "SolveInfo",

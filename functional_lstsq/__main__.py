@@ -169,6 +169,7 @@ def _describe(A: SparseMatrix, b: Tensor, solution: Solution, seconds: float) ->
         ("problem", f"{kind}, {A.shape[0]} x {A.shape[1]}, {A.nnz} entries, right-hand sides: {columns}{of_worst}"),
         ("status", info.status),
         ("method", info.method),
+        ("tried", info.tried),
         ("iterations", f"{worst(info.iterations):.0f}"),
         ("residual", f"{relative:.2e}   |A x - b| / |b|"),
         ("optimality", f"{worst(info.optimality):.2e}   |A^H r| / (|A| |r|)"),

@@ -26,107 +26,18 @@ import torch
 from torch import Tensor
 
 from .holder import Holder, by_number
-from .pattern import SparsePattern, find_pattern
-from .products import Operator, multiply, sample
-from .result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, check, method_code
-from .solvers.system import norm, power_of_two
+from .kernel import describe_primal, solve_kernel
+from .products import multiply, sample
+from .result import Report
 from .transforms import (
     Primitive,
-    define,
+    concrete,
     in_graph,
     is_traced,
     join_columns,
     join_matrices,
     split_columns,
     split_matrices,
-)
-
-
-def _solve_kernel(
-    values: Tensor,
-    damp: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
-    primal: Tensor | None,
-    indices: Tensor,
-    m: int,
-    n: int,
-    settings: int,
-    holder: int,
-    on_failure: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    values = values.resolve_conj()
-    wanted, copies = by_number[settings], values.shape[0]
-    k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
-    b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
-    c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
-    _require_finite(values=values, damp=damp, b=b, c=c)
-    if not (copies and m and n and k):
-        nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=values.device) for _ in Report._fields))
-        nothing = nothing._replace(method=nothing.method + method_code("none"))
-        return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1)
-    keeper = Holder.living.get(holder) or Holder()
-    pattern = find_pattern(indices, m, n)
-    system, factors = keeper.prepare(wanted, values, damp, pattern)
-    c = c / system.scale
-    size = torch.maximum(b.abs().amax(1, keepdim=True), c.abs().amax(1, keepdim=True))
-    size = power_of_two(torch.frexp(size).exponent)
-    r, y, report = factors.solve(b / size, c / size)
-    r, x = r * size, y / system.scale * size
-    report = _settle(report, system.accept, r, x, b, primal, pattern)
-    if on_failure == "raise":
-        check(report, n, system.accept, wanted.minimum_norm)
-    else:
-        failed = report.status != (CONVERGED if on_failure == "nan" else RANK_DEFICIENT)
-        failed = failed if on_failure == "nan" else ~failed
-        r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
-    return r, x, torch.stack(list(report), 1)
-
-
-def _settle(
-    report: Report, accept: float, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None, pattern: SparsePattern
-) -> Report:
-    """The verdict on a solution, given what it is for.
-
-    Numbers that overflowed are no success, whatever the solver says. An adjoint solve l is one if l_r and the gradient
-    -(l_r x^H + r l_x^H) are right, for the `primal` |r| (its first row) and |x|, entry by entry: the gradient of
-    |residual|^2 has l_x = 0, and noise in it does no harm.
-    """
-    if primal is not None and bool((report.status == INACCURATE).any()):
-        size_r, of_r, of_x = norm(r), primal[:, 0], primal[:, 1:]
-        error_r = torch.where(size_r > 0, report.residual_error * size_r, 0.0)
-        error_x = torch.where(x.abs().amax(1) > 0, report.solution_error * norm(x), 0.0)
-        # |l_r x^H| at the stored entries: elsewhere there is no gradient to be right.
-        stored = Operator(pattern, torch.ones_like(primal[:, :1, :1]).expand(-1, 1, pattern.nnz)[:, 0])
-        gradient = (r.abs().square() * stored.matmul(of_x.square())).sum(1).sqrt()
-        useful = error_r * norm(of_x) + of_r * error_x <= accept * gradient
-        useful &= error_r <= accept * torch.maximum(size_r, accept * norm(b))
-        status = torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
-        report = report._replace(status=status)
-    finite = torch.isfinite(r).all(1) & torch.isfinite(x).all(1)
-    status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
-    none = ~finite | (status == RANK_DEFICIENT)
-    errors = (torch.where(none, torch.inf, error) for error in (report.residual_error, report.solution_error))
-    return report._replace(status=status, **dict(zip(("residual_error", "solution_error"), errors, strict=True)))
-
-
-def _require_finite(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
-
-
-def _solve_fake(values, damp, b, c, primal, indices, m, n, settings, holder, on_failure):
-    copies, k = values.shape[0], (b if b is not None else c).shape[2]
-    report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
-    return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
-
-
-_solve = define(
-    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? primal, Tensor indices, SymInt m, SymInt n, "
-    "int settings, int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
-    _solve_kernel,
-    _solve_fake,
 )
 
 
@@ -148,7 +59,7 @@ class Solve(Primitive):
         m, n, settings, on_failure, holder = static
         key = 0 if is_traced(values) else holder.key
         tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, primal)]
-        return _solve(*tensors, indices, m, n, settings, key, on_failure)
+        return solve_kernel(*tensors, indices, m, n, settings, key, on_failure)
 
     @classmethod
     def setup_context(cls, ctx, inputs, output):
@@ -163,14 +74,16 @@ class Solve(Primitive):
         if r_bar is None and x_bar is None:
             return (None,) * 6
         static, (m, n) = static.derivative(), static[:2]
-        primal = None
-        if c is None and not needed[1]:  # then l_x serves the gradient by the values alone
-            primal = torch.cat([torch.linalg.vector_norm(r, dim=1, keepdim=True), x.abs()], 1).detach()
+        primal, minimum_norm = None, by_number[static.settings].minimum_norm
+        if needed[0] and report.shape[1]:  # which a given solver does not fill in
+            # l_x may serve the gradient by the values alone.
+            relaxed = c is None and not needed[1]
+            primal = describe_primal(r, x, report, judged=not minimum_norm, relaxed=relaxed)
         l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, indices)
         values_bar = damp_bar = None
         if needed[0]:
             left, right = [-l_r, -r], [x, l_x]
-            if by_number[static.settings].minimum_norm:
+            if minimum_norm:
                 u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
                 left.append(u_r)
                 right.append(_outside(static, values, damp, l_r, l_x, x_bar, report, indices))
@@ -230,12 +143,24 @@ def _minus(x: Tensor | None, y: Tensor) -> Tensor:
 
 
 def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tensor, indices: Tensor) -> Tensor:
-    """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach; 0 for full rank."""
-    reached = multiply(values, r, indices, static.m, static.n, True)
-    if damp is not None:
-        reached = reached - damp.square()[:, None, None] * x
+    """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach; 0 for full rank.
+
+    Rounding in A^H r is as large as A's largest columns make it, in all of them, so what is left is taken apart again.
+    """
+
+    def leftover(r: Tensor, x: Tensor, c: Tensor | None) -> Tensor:
+        reached = multiply(values, r, indices, static.m, static.n, True)
+        if damp is not None:
+            reached = reached - damp.square()[:, None, None] * x
+        return -reached if c is None else c - reached
+
+    once = leftover(r, x, c)
     deficient = report[:, Report._fields.index("rank"), None, :1] < static.n
-    return torch.where(deficient, -reached if c is None else c - reached, 0.0)
+    if not is_traced(values) and not bool(concrete(deficient).any()):
+        return torch.zeros_like(once)
+    # The solution of this solve is rounding, which no relative error can be asked of.
+    again_r, again_x, _ = Solve.apply(static._replace(on_failure="accept"), values, damp, None, once, None, indices)
+    return torch.where(deficient, leftover(again_r, again_x, once), 0.0)
 
 
 @in_graph
@@ -256,6 +181,6 @@ def solve_augmented(
         values: (P, nnz), m x n matrices with m >= n on the pattern of `indices`.
         damp: (P,) or None; b: (P, m, k) or None for zero; c: (P, n, k) or None for zero.
         settings: the number of a `Settings`.
-        on_failure: "raise", "return" (what was reached) or "nan".
+        on_failure: "raise"; "return" (what was reached, NaN without a solution); "nan"; "accept" (anything).
     """
     return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, None, indices)

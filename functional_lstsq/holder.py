@@ -22,6 +22,9 @@ class Settings(NamedTuple):
     solver: Any
     minimum_norm: bool
     precision: float  # machine epsilon of the user's dtype; values and right-hand sides come in double precision
+    extended: bool = False  # residuals in extended precision whether or not they are needed
+    exact: bool = True  # values are the user's own, not products with weights
+    wide: bool = False  # the user's matrix is the adjoint
 
 
 _numbers: dict[Settings, int] = {}
@@ -29,12 +32,19 @@ by_number: list[Settings] = []
 
 
 @constant
-def number_of(solver: Any, minimum_norm: bool, precision: float) -> int:
+def number_of(
+    solver: Any,
+    minimum_norm: bool,
+    precision: float,
+    extended: bool = False,
+    exact: bool = True,
+    wide: bool = False,
+) -> int:
     """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
 
     It is kept for good, since a graph may come back to it, so reuse solver objects rather than making one a call.
     """
-    settings = Settings(Auto() if solver is None else solver, minimum_norm, precision)
+    settings = Settings(Auto() if solver is None else solver, minimum_norm, precision, extended, exact, wide)
     if settings not in _numbers:
         _numbers[settings] = len(by_number)
         by_number.append(settings)
@@ -48,8 +58,9 @@ class Holder:
     every derivative, whatever the transformation, as long as it is asked for the same values.
     """
 
-    __slots__ = ("__weakref__", "damp", "factors", "key", "system", "values", "version")
+    __slots__ = ("__weakref__", "damp", "factors", "key", "solves", "system", "values", "version")
     key: int
+    solves: int  # made so far
     values: Tensor
     damp: Tensor | None
     version: int
@@ -59,13 +70,19 @@ class Holder:
     numbers = itertools.count(1)
 
     def __init__(self):
-        self.key, self.factors = next(Holder.numbers), None
+        self.key, self.factors, self.solves = next(Holder.numbers), None, 0
         Holder.living[self.key] = self
 
     def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
         """(system, factors), made afresh if `values` or `damp` are not those of last time."""
         if not self._holds(values, damp):
-            self.system = System(Operator(pattern, values), damp, settings.precision)
+            self.system = System(
+                Operator(pattern, values),
+                damp,
+                settings.precision,
+                extended=settings.extended,
+                exact=settings.exact,
+            )
             self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
             self.values, self.version, self.damp = values, _version(values), damp
         return self.system, self.factors

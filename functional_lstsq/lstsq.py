@@ -24,6 +24,7 @@ def lstsq(
     weights: Tensor | None = None,
     solver: Any = None,
     rank_deficient: str = "raise",
+    refine: str = "auto",
 ) -> Tensor:
     """The least-squares solution of A x = b for a sparse A, differentiable to any order by everything it is given.
 
@@ -38,8 +39,12 @@ def lstsq(
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
             out; the derivative by a weight that is 0 is NaN. (A wide A that loses a row has no full rank: see
             rank_deficient.)
-        solver: `Dense()`, `CGLS()`, or another solver object; None chooses by size.
+        solver: `Dense()`, `Direct()`, `CGLS()`, or another solver object; None is `Auto()`, which chooses by predicted
+            cost and moves on where a method has no answer that is accepted.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
+        refine: "auto" takes residuals in about twice double precision where the estimated error is above 1e-9
+            without; "extended" always does. Either way errors are of the size of rounding x itself while the condition
+            number is below about 1e13, unless there are weights: rounding of weighted values stays.
 
     Returns:
         x: (n,) or (n, k).
@@ -47,9 +52,10 @@ def lstsq(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or with NaN or infinity in it.
         RankDeficientError: A has no full rank (a `torch.linalg.LinAlgError`).
-        ConvergenceError: the estimated forward error of x, or of the residual, is above eps^(1/3) of the dtype (a
-            `torch.linalg.LinAlgError`). Errors are relative, except where the whole of x is below eps^(1/3) |b| / |A|,
-            columns scaled, as for b orthogonal to the range: there an error of eps^(2/3) |b| / |A| is accepted.
+        ConvergenceError: the estimated forward error of x, or of the residual, is above eps^(1/3) of the dtype, or that
+            of a gradient by A is (a `torch.linalg.LinAlgError`). Errors are relative, except where the whole of x is
+            below eps^(1/3) |b| / |A|, columns scaled, as for b orthogonal to the range: there an error of
+            eps^(2/3) |b| / |A| is accepted.
 
     Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation.
     All arithmetic of a solve is in double precision; results are rounded to the dtype of the input.
@@ -67,7 +73,7 @@ def lstsq(
     tensor([[ 0.6667,  0.3333, -0.3333],
             [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
     """
-    problem = _pose(A, b, damp, weights, solver, rank_deficient)
+    problem = _pose(A, b, damp, weights, solver, rank_deficient, refine)
     r, x, _ = _run(problem, "raise")
     return _shaped(r if problem.wide else x, problem).to(problem.dtype)
 
@@ -80,6 +86,7 @@ def solve(
     weights: Tensor | None = None,
     solver: Any = None,
     rank_deficient: str = "raise",
+    refine: str = "auto",
     throw: bool = True,
 ) -> Solution:
     """Like `lstsq`, with the residual and with what is known of the solution.
@@ -103,7 +110,7 @@ def solve(
     >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
     ('converged', True)
     """
-    problem = _pose(A, b, damp, weights, solver, rank_deficient)
+    problem = _pose(A, b, damp, weights, solver, rank_deficient, refine)
     r, x, numbers = _run(problem, "raise" if throw else "return")
     report = Report(*(_shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))
     info = SolveInfo(
@@ -114,6 +121,9 @@ def solve(
         forward_error=report.residual_error if problem.wide else report.solution_error,
         condition=report.condition,
         rank=report.rank.to(torch.int64),
+        norm=report.norm,
+        tried_code=report.tried.to(torch.int64),
+        ticket=report.ticket.to(torch.int64),
     )
     solution = _shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and weights is None
@@ -163,7 +173,7 @@ def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
     return columns if single_dims else columns[0]
 
 
-def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
+def _pose(A, b, damp, weights, solver, rank_deficient, refine) -> _Problem:
     """Check every argument before any work; one clear error each."""
     if torch.compiler.is_compiling():
         prepare_compiler()
@@ -212,7 +222,16 @@ def _pose(A, b, damp, weights, solver, rank_deficient) -> _Problem:
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
     for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights)):
         _check_numbers(name, tensor)
-    settings = number_of(solver, rank_deficient == "minimum_norm", torch.finfo(dtype).eps)
+    if refine not in ("auto", "extended"):
+        raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
+    settings = number_of(
+        solver,
+        minimum_norm=rank_deficient == "minimum_norm",
+        precision=torch.finfo(dtype).eps,
+        extended=refine == "extended",
+        exact=weights is None,
+        wide=m < A.shape[1],
+    )
     double = torch.promote_types(dtype, torch.float64)
     A = SparseMatrix(A.values.to(double), A.pattern)
     return _Problem(A, b.to(double), damp, weights, settings, dtype)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from .transforms import concrete
+
+Kept = TypeVar("Kept")
 
 
 # A pattern is made of plain tensors wherever it is made: inside torch.func even a slice would come out wrapped, and
@@ -87,6 +90,7 @@ class SparsePattern:
     def _fill(self, buffer: Tensor, shape: tuple[int, int], flipped: bool) -> None:
         # Rows, columns and rows again: the pattern and its transpose are both slices of this.
         self._buffer, self._flipped, self.shape = buffer, flipped, shape
+        self._kept: dict[Hashable, Any] = {}
         with _plainly():
             self.indices = buffer[1:] if flipped else buffer[:2]
         _known[_key(self.indices, *shape)] = self
@@ -152,6 +156,13 @@ class SparsePattern:
             indices = (one.indices.to(dtype) + block * self.shape[1]).reshape(-1)
             self._repeated = copies, Orientation(pointers, indices, one.order)
         return self._repeated[1]
+
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, kept under `key` as long as the pattern lives: analyses that need no values."""
+        if key not in self._kept:
+            with _plainly():
+                self._kept[key] = make()
+        return self._kept[key]
 
     def to(self, device: torch.device | str) -> SparsePattern:
         """This pattern on another device; itself when it is there already."""

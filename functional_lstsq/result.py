@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,18 @@ from torch import Tensor
 
 from .transforms import concrete
 
-CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT = range(4)
-STATUSES = ("converged", "inaccurate", "iteration limit reached", "rank deficient")
+CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, SPOILT = range(5)
+STATUSES = ("converged", "inaccurate", "iteration limit reached", "rank deficient", "gradient inaccurate")
 _methods: list[str] = []
+derivative_errors: dict[int, float] = {}  # by ticket, of the last thousand solves that were differentiated
+
+
+def remember_derivative(ticket: int, error: float) -> None:
+    """Note the estimated error of a further solve for a derivative of the solve `ticket`."""
+    derivative_errors.pop(ticket, None)
+    derivative_errors[ticket] = error
+    if len(derivative_errors) > 1000:
+        del derivative_errors[next(iter(derivative_errors))]
 
 
 class ConvergenceError(torch.linalg.LinAlgError):
@@ -33,6 +43,10 @@ class Report(NamedTuple):
     solution_error: Tensor
     condition: Tensor
     rank: Tensor
+    norm: Tensor
+    tried: Tensor
+    ticket: Tensor
+    rounding: Tensor  # part of the errors that is the rounding of results to the user's precision
 
 
 def method_code(name: str) -> int:
@@ -57,6 +71,9 @@ class SolveInfo(NamedTuple):
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1
             (of its rows where A is wide).
         rank: numerical rank of A (of A with its damping).
+        norm: Frobenius norm of A (of [A; damp I]), weights included.
+        tried_code: which methods were tried in turn, and why; `tried` says it in words.
+        ticket: number of the solve, by which `adjoint_error` finds what became of its derivatives.
     """
 
     status_code: Tensor
@@ -66,6 +83,9 @@ class SolveInfo(NamedTuple):
     forward_error: Tensor
     condition: Tensor
     rank: Tensor
+    norm: Tensor
+    tried_code: Tensor
+    ticket: Tensor
 
     @property
     def status(self) -> str:
@@ -78,10 +98,28 @@ class SolveInfo(NamedTuple):
         """Name of the method that answered, or of the several that did."""
         return ", ".join(sorted(_methods[code] for code in concrete(self.method_code).unique().tolist()))
 
+    @property
+    def tried(self) -> str:
+        """The methods that were tried, in that order, each with the reason and with how it ended if it failed."""
+        return "; ".join(_methods[code] for code in concrete(self.tried_code).unique().tolist())
+
+    @property
+    def adjoint_error(self) -> float:
+        """Estimated relative forward error of the last further solve with these factors, for a VJP or a JVP.
+
+        NaN before there is one; the worst of its columns. Only the last thousand solves are remembered, and none that
+        was compiled.
+        """
+        ticket = concrete(self.ticket)
+        return derivative_errors.get(int(ticket.max()), float("nan")) if ticket.numel() else float("nan")
+
     def __repr__(self) -> str:
-        numbers = {name: getattr(self, name) for name in self._fields[2:]}
+        numbers = {name: getattr(self, name) for name in self._fields[2:9]}
         shown = (f"{name}={_show(concrete(value))}" for name, value in numbers.items())
-        return f"SolveInfo(status={self.status!r}, method={self.method!r}, {', '.join(shown)})"
+        return (
+            f"SolveInfo(status={self.status!r}, method={self.method!r}, {', '.join(shown)}, tried={self.tried!r}, "
+            f"adjoint_error={self.adjoint_error:.2g})"
+        )
 
 
 def _show(tensor: Tensor) -> str:
@@ -98,8 +136,11 @@ class Solution(NamedTuple):
     info: SolveInfo
 
 
-def check(report: Report, full: int, accept: float, minimum_norm: bool) -> None:
-    """Raise what a report of failure calls for; one host synchronisation when all is well."""
+def check(report: Report, full: int, accept: float, minimum_norm: bool, dependent: Callable[[int], str]) -> None:
+    """Raise what a report of failure calls for; one host synchronisation when all is well.
+
+    `dependent` says which columns of matrix p of the batch take part in a dependence, if that is known.
+    """
     failed = report.status != CONVERGED
     if not bool(failed.any()):
         return
@@ -114,19 +155,25 @@ def check(report: Report, full: int, accept: float, minimum_norm: bool) -> None:
     if status == RANK_DEFICIENT:
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
         advice = (
-            f"method {method} cannot give the solution of least norm: pass solver=Dense(), which takes n^2 memory"
+            f"method {method} cannot give the solution of least norm: pass solver=Direct(), or solver=Dense()"
             if minimum_norm
             else "pass rank_deficient='minimum_norm' for the one of least norm"
         )
         raise RankDeficientError(
             f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
-            f"unique; {advice}, or damp > 0, or remove the dependent columns"
+            f"unique{dependent(p)}; {advice}, or damp > 0, or remove the dependent columns"
+        )
+    if status == SPOILT:
+        raise ConvergenceError(
+            f"method {method} solved for the gradient by A{where}, but that gradient is so small beside the solution "
+            f"and its adjoint that their errors may spoil it (condition number about {figures['condition']:.1e}). "
+            "Try: refine='extended', or scale unknowns and equations to sizes of about 1"
         )
     error = max(figures["residual_error"], figures["solution_error"])
     first = "raise max_iterations" if status == ITERATION_LIMIT else "rescale or remove nearly dependent columns"
     raise ConvergenceError(
         f"method {method} ended after {int(figures['iterations'])} iterations with status '{STATUSES[status]}'{where}: "
         f"estimated forward error {error:.1e} is above what is accepted, {accept:.1e}; condition number about "
-        f"{figures['condition']:.1e}, optimality {figures['optimality']:.1e}. Try: {first}, damp > 0, or throw=False "
-        "in solve to see how far it came"
+        f"{figures['condition']:.1e}, optimality {figures['optimality']:.1e}; tried: "
+        f"{_methods[int(figures['tried'])]}. Try: {first}, damp > 0, or throw=False in solve to see how far it came"
     )

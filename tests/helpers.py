@@ -8,7 +8,7 @@ import torch
 import functional_lstsq as fl
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SOLVERS = {"dense": fl.Dense(), "cgls": fl.CGLS(tolerance=1e-14)}
+SOLVERS = {"dense": fl.Dense(), "direct": fl.Direct(), "cgls": fl.CGLS(tolerance=1e-14)}
 
 
 def problem(m, n, *, dtype=torch.float64, seed=0, density=0.6, device="cpu"):

@@ -9,5 +9,6 @@ serves the solve, its adjoint, every row of a Jacobian and every derivative afte
 from .auto import Auto
 from .cgls import CGLS
 from .dense import Dense
+from .direct import Direct
 
-__all__ = ["CGLS", "Auto", "Dense"]
+__all__ = ["CGLS", "Auto", "Dense", "Direct"]

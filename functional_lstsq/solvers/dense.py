@@ -3,8 +3,7 @@
     min |A x - b|:   A^H A = L L^H   by Cholesky where the condition number allows it, else
                      A = Q R, R = U S V^H   with Q never stored: rows are taken in blocks (TSQR)
 
-Either gives a preconditioner with which conjugate gradients on the augmented system need one to three iterations; the
-refinement around them gives the accuracy. Factor: n^3 / 3 operations after a sparse product for A^H A, or 2 m n^2 and
+Factor: n^3 / 3 operations after a sparse product for A^H A, or 2 m n^2 and
 an SVD of n x n; memory n^2 for each matrix of the batch; a solve is some ten applications of the factor, each n^2.
 """
 
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..result import RANK_DEFICIENT, Report, method_code
-from .refine import refine, report
-from .system import EPS, Run, System, cgls, check_number, dot, noise, norm
+from ..result import method_code
+from .factored import Factored, power
+from .system import System, check_number
 
 # Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
 _CHOLESKY_CONDITION = 1e6
@@ -32,6 +31,8 @@ class Dense:
 
     Args:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
+        orthogonal: whether a matrix that is too ill-conditioned for Cholesky is factored anew by QR and an SVD, which
+            takes many times as long for thousands of columns; otherwise it raises `torch.linalg.LinAlgError`.
 
     >>> import functional_lstsq as fl
     >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2))
@@ -41,33 +42,35 @@ class Dense:
     """
 
     accept: float | None = None
+    orthogonal: bool = True
 
     def __post_init__(self):
         check_number("accept", self.accept, optional=True)
+        if not isinstance(self.orthogonal, bool):
+            raise TypeError(f"orthogonal must be True or False, got {self.orthogonal!r}")
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Factors:
         """Factor `system`; the result solves for any right-hand side."""
         system.accept = self.accept or system.accept
-        return _Factors(system, minimum_norm)
+        return _Factors(system, minimum_norm, self.orthogonal)
 
 
-class _Factors:
-    """(A^H A + d^2)^+ as `apply`, with singular values, rank and the null space of A where there is one."""
-
-    def __init__(self, system: System, minimum_norm: bool):
-        self.system, self.minimum_norm = system, minimum_norm
+class _Factors(Factored):
+    def __init__(self, system: System, minimum_norm: bool, orthogonal: bool):
+        super().__init__(system, minimum_norm)
         gram = system.A.gram()
         if system.d2 is not None:
             gram.diagonal(dim1=1, dim2=2).add_(system.d2[:, :, 0])
         self.L, failures = torch.linalg.cholesky_ex(gram)
-        self.largest = _power(lambda v: gram @ v, system).sqrt()
-        self.smallest = _power(lambda v: torch.cholesky_solve(v, self.L), system).rsqrt()
+        self.largest = power(lambda v: gram @ v, system).sqrt()
+        self.smallest = power(lambda v: torch.cholesky_solve(v, self.L), system).rsqrt()
         doubtful = (failures != 0) | ~(self.largest[:, 0] < _CHOLESKY_CONDITION * self.smallest[:, 0])
         self.rank = torch.full_like(self.largest, system.n)
-        self.null: Tensor | None = None
         self.inverse: Tensor | None = None
         self.method = torch.where(doubtful, method_code("dense-qr"), method_code("dense-cholesky"))[:, None]
         if bool(doubtful.any()):
+            if not orthogonal:
+                raise torch.linalg.LinAlgError("method dense-cholesky: A is too ill-conditioned for a factor of A^H A")
             self._decompose(doubtful.nonzero()[:, 0])
 
     def _decompose(self, which: Tensor) -> None:
@@ -95,79 +98,11 @@ class _Factors:
             vectors[which] = V.flip(2)[:, :, :nullity]
             self._find_null_space(torch.where(lost, vectors, 0.0), lost)
 
-    def _find_null_space(self, Z: Tensor, lost: Tensor) -> None:
-        """An orthonormal basis of the null space of A, which is D^-1 times that of the scaled matrix, and its error.
-
-        D^-1 magnifies errors of Z in columns of small norm, so they are corrected first: Z - A^+ A Z.
-        """
-        system = self.system
-        for _ in range(2):
-            moved = self.apply(system.A.adjoint(system.A.matmul(Z)))
-            Z = Z - moved
-        Z, moved = Z / system.scale, moved / system.scale
-        lengths = torch.linalg.vector_norm(Z, dim=1, keepdim=True)
-        lengths = torch.where(lost, lengths, 1.0)
-        Q, R = torch.linalg.qr(Z / lengths)
-        # QR makes up directions for the columns of zeros.
-        self.null = torch.where(lost, Q, 0.0)
-        R = R + torch.diag_embed((~lost[:, 0]).to(R.dtype))
-        error = torch.linalg.matrix_norm(moved / lengths) + EPS
-        self.null_error = (error / torch.linalg.svdvals(R)[:, -1])[:, None]
-
     def apply(self, g: Tensor) -> Tensor:
         """(A^H A + d^2)^+ g"""
         if self.inverse is None:
             return torch.cholesky_solve(g, self.L)
         return self.inverse @ (self.inverse.mH @ g)
-
-    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Solve K (r, y) = (b, c) in the scaled unknowns; with a null space, K^+ in the unscaled ones."""
-        system = self.system
-        given = c
-        c = self._project(c * system.scale) / system.scale
-        refined = refine(system, b, c, self._correct, largest=self.largest, target=4 * EPS, probe=True)
-        if self.null is not None:
-            y = self._project(refined.y / system.scale) * system.scale
-            blur = self.null_error + EPS * self.largest / self.smallest
-            errors = refined.errors._replace(
-                x=refined.errors.x + blur * norm(system.weight * y),
-                r=refined.errors.r + self.null_error * norm(given) / self.smallest + EPS * norm(refined.r),
-            )
-            refined = refined._replace(y=y, errors=errors)
-        answer = report(
-            system,
-            b,
-            c,
-            refined,
-            method=self.method,
-            largest=self.largest,
-            smallest=self.smallest,
-            rank=self.rank,
-            given=given,
-        )
-        if not self.minimum_norm:
-            deficient = self.rank < system.n
-            answer = answer._replace(status=torch.where(deficient, RANK_DEFICIENT, answer.status))
-        return refined.r, refined.y, answer
-
-    def _project(self, x: Tensor) -> Tensor:
-        return x if self.null is None else x - self.null @ (self.null.mH @ x)
-
-    def _correct(self, b: Tensor, c: Tensor) -> Run:
-        g = self.system.gradient(b, torch.zeros_like(c), c)
-        goal = 1e-6 * dot(g, self.apply(g))  # three digits a correction
-        return cgls(self.system, b, c, self.apply, lambda r, y, g, gamma: gamma <= goal, limit=20, rises=3)
-
-
-def _power(apply, system: System) -> Tensor:
-    """Largest eigenvalue (P, 1) of a positive definite operator, by ten power iterations on four vectors."""
-    v = noise(system.scale.expand(-1, -1, 4)).to(system.A.dtype)
-    size = torch.ones_like(v[:, :1].real)
-    for _ in range(10):
-        v = v / size
-        v = apply(v)
-        size = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return size[:, 0].amax(1, keepdim=True)
 
 
 def _triangle(system: System, which: Tensor) -> Tensor:

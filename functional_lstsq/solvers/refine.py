@@ -8,13 +8,16 @@ accurate as one from a backward stable method (Björck, BIT 7, 1967; Numerical M
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
+from .extended import EPS_EXTENDED, Pair, Single
 from .system import EPS, Run, System, norm
+
+Number = TypeVar("Number", Single, Pair)
 
 
 class Errors(NamedTuple):
@@ -23,6 +26,9 @@ class Errors(NamedTuple):
     r: Tensor
     y: Tensor
     x: Tensor
+
+    def plus(self, other: Errors) -> Errors:
+        return Errors(*map(torch.add, self, other))
 
 
 class Refined(NamedTuple):
@@ -52,6 +58,10 @@ class Measure:
         """Of a solution or of a correction to it."""
         return Errors(norm(r), norm(y), norm(self.weight * y))
 
+    @staticmethod
+    def finite(errors: Errors) -> Tensor:
+        return errors.r.isfinite() & errors.y.isfinite()
+
     def relative(self, errors: Errors, whole: Errors) -> Tensor:
         """The larger of the relative errors of r and x."""
         of_r = _ratio(errors.r, torch.maximum(whole.r, self.least_r))
@@ -66,41 +76,117 @@ def refine(
     correct: Callable[[Tensor, Tensor], Run],
     *,
     largest: Tensor,
+    smallest: Tensor,
+    contraction: float,
     target: float,
-    probe: bool,
-    limit: int = 20,
+    bound: float,
 ) -> Refined:
     """Solve K (r, y) = (b, c) by corrections until they reach `target` or stop shrinking, each column on its own.
 
+    Columns in which rounding makes larger errors than `bound` (all of them on request) go on with residuals in twice
+    the working precision, r and y carried in it (Demmel, Hida, Riedy, Li, ACM TOMS 35(4), 2009).
+
     Args:
         correct: an approximate solution of K d = f, right to some digits.
-        largest: largest singular value (P, 1).
+        largest, smallest: extreme singular values (P, 1).
+        contraction: what `correct` may leave, as a fraction of the d it is to find.
         target: size of a correction, relative to what it corrects, that is small enough.
-        probe: the larger of two solves more, with samples of the rounding errors of the residuals as right-hand
-            sides, is added to the estimate. Without it the estimate is the size of the last correction alone.
+        bound: rounding errors, relative, that are small enough. Where a bound on them is larger, two solves more give a
+            sharper estimate: the larger of two samples.
     """
     measure = Measure(system, b, c, largest)
-    r, y, gamma, iterations = correct(b, c)
-    previous = torch.full_like(gamma, torch.inf)
-    errors, active = Errors(previous, previous, previous), torch.ones_like(gamma, dtype=torch.bool)
-    for _ in range(limit):
-        moved = correct(*system.residuals(b, c, r, y))
+    run = correct(b, c)
+    # No correction leaves less of a weak direction.
+    slowest = (10 * EPS * (largest / smallest).square()).clamp(min=contraction)
+    first, second, moves, iterations = _iterate(
+        measure, Single(run.r), Single(run.y), lambda r, y: system.residuals(b, c, r.high, y.high), correct,
+        target, slowest, run.iterations, first_is_all=True,
+    )  # fmt: skip
+    r, y = first.high, second.high
+    rounding = _bound(system, b, c, r, y, largest, smallest)
+    bound = bound if system.accept < 1 else torch.inf
+    if bool((measure.relative(rounding, measure.sizes(r, y)) > bound).any()):
+        blurred = correct(*system.rounding(b, c, r, y))
+        samples = (size.unflatten(1, (2, -1)).amax(1) for size in measure.sizes(blurred.r, blurred.y))
+        rounding = Errors(*samples)
+    errors = moves.plus(rounding)
+    poor = measure.relative(rounding, measure.sizes(r, y)) > bound
+    wanted = torch.ones_like(poor) if system.extended else poor & system.exact
+    if not bool(wanted.any()):
+        return Refined(r, y, errors, iterations)
+    which = wanted.any(0).nonzero()[:, 0]
+    b, c, start = b[:, :, which], c[:, :, which], (Pair.of(r[:, :, which]), Pair.of(y[:, :, which]))
+    r_exact, y_exact, moves, spent = _iterate(
+        Measure(system, b, c, largest), *start, lambda r, y: system.exact_residuals(b, c, r, y), correct,
+        target / 64, slowest, torch.zeros_like(iterations[:, which]), first_is_all=False,
+    )  # fmt: skip
+    left = Errors(*(size[:, which] * (EPS_EXTENDED / EPS if system.exact else 1) for size in rounding))
+    found = moves.plus(left)
+    old = Errors(*(size[:, which] for size in errors))
+    # Where extended precision does not get anywhere, what was there stays.
+    measure = Measure(system, b, c, largest)
+    whole = measure.sizes(r_exact.high, y_exact.high)
+    better = ~(measure.relative(found, whole) > measure.relative(old, whole)) & Measure.finite(found)
+    r, y, iterations = r.clone(), y.clone(), iterations.clone()
+    r[:, :, which] = torch.where(better[:, None], r_exact.value, r[:, :, which])
+    y[:, :, which] = torch.where(better[:, None], y_exact.value, y[:, :, which])
+    iterations[:, which] += spent
+    merged = [size.clone() for size in errors]
+    for size, new, before in zip(merged, found, old, strict=True):
+        size[:, which] = torch.where(better, new, before)
+    return Refined(r, y, Errors(*merged), iterations)
+
+
+def _iterate(
+    measure: Measure,
+    r: Number,
+    y: Number,
+    residuals: Callable[[Number, Number], tuple[Tensor, Tensor]],
+    correct: Callable[[Tensor, Tensor], Run],
+    target: float,
+    slowest: Tensor,
+    iterations: Tensor,
+    *,
+    first_is_all: bool,
+    limit: int = 30,
+) -> tuple[Number, Number, Errors, Tensor]:
+    """Corrections until they are small or do not shrink; with an estimate of what is left, but for rounding.
+
+    Corrections that shrink by a factor of q leave an error of q / (1 - q) of the last one. `first_is_all`: what is
+    there came from one correction of zero, whose size is that of the solution itself.
+    """
+    previous = torch.full_like(iterations, torch.inf)
+    errors, active = Errors(previous, previous, previous), torch.ones_like(iterations, dtype=torch.bool)
+    for step in range(limit):
+        moved = correct(*residuals(r, y))
         iterations = iterations + torch.where(active, moved.iterations, 0)
         moves = measure.sizes(moved.r, moved.y)
-        relative = measure.relative(moves, measure.sizes(r, y))
+        relative = measure.relative(moves, measure.sizes(r.high, y.high))
         better = active & (relative < previous)
-        r = torch.where(better[:, None], r + moved.r, r)
-        y = torch.where(better[:, None], y + moved.y, y)
-        errors = Errors(*(torch.where(active, move, old) for move, old in zip(moves, errors, strict=True)))
-        active = better & (relative > target) & (relative < previous / 4)
+        r = r.plus(moved.r).where(better[:, None], r)
+        y = y.plus(moved.y).where(better[:, None], y)
+        rate = relative / previous if step else relative if first_is_all else torch.ones_like(relative)
+        left = torch.where(better, torch.maximum(10 * rate, slowest).clamp(max=1), 1.0)
+        errors = Errors(*(torch.where(active, left * move, old) for move, old in zip(moves, errors, strict=True)))
+        active = better & (left * relative > target) & ((rate < 0.25) | (step == 0))
         previous = torch.minimum(relative, previous)
         if not bool(active.any()):
             break
-    if probe:
-        blurred = correct(*system.rounding(b, c, r, y))
-        samples = (size.unflatten(1, (2, -1)).amax(1) for size in measure.sizes(blurred.r, blurred.y))
-        errors = Errors(*map(torch.add, errors, samples))
-    return Refined(r, y, errors, iterations)
+    return r, y, errors, iterations
+
+
+def _bound(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor, largest: Tensor, smallest: Tensor) -> Errors:
+    """What rounding errors (f_1, f_2) in the residuals can do.
+
+    |e_y| <= |f_1| / sigma + |f_2| / sigma^2,  |e_r| <= |f_1| + |f_2| / sigma
+    """
+    sigma = smallest / 2  # an estimate is on the large side
+    first = 2 * EPS * (norm(b) + norm(r) + largest * norm(y))
+    second = 2 * EPS * (norm(c) + largest * norm(r))
+    if system.d2 is not None:
+        second = second + 2 * EPS * norm(system.d2 * y)
+    shift = first / sigma + second / sigma.square()
+    return Errors(first + second / sigma, shift, shift)  # of x at most that of y: all weights are at most 1
 
 
 def report(
@@ -142,6 +228,10 @@ def report(
         solution_error=claim(errors.x, whole.x),
         condition=largest / smallest * ones,
         rank=rank * ones,
+        norm=system.frobenius * ones,
+        tried=method * ones,
+        ticket=0 * ones,
+        rounding=system.precision / 2 * ones,
     )
 
 

@@ -11,6 +11,7 @@ scaling: van der Sluis, Numer. Math. 14, 1969.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..products import Operator
+from .extended import ExactResiduals
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -34,10 +36,21 @@ class System:
         operator: A, in double precision.
         damp: d (P,) or None for none.
         precision: machine epsilon of the user's dtype, which decides what counts as rank and what is accepted.
+        extended: refine with residuals in twice the working precision, whether or not it takes that to be accepted.
+        exact: the values are the user's own. Otherwise they carry rounding errors, and an answer cannot be more
+            accurate than those allow.
     """
 
-    def __init__(self, operator: Operator, damp: Tensor | None, precision: float):
-        self.precision = precision
+    def __init__(
+        self,
+        operator: Operator,
+        damp: Tensor | None,
+        precision: float,
+        *,
+        extended: bool = False,
+        exact: bool = True,
+    ):
+        self.precision, self.extended, self.exact = precision, extended, exact
         # Singular values below this fraction of the largest count as zero: noise in the data, and of computing them.
         self.tolerance = 4 * (precision + EPS * max(operator.m, operator.n, 1) ** 0.5)
         self.accept = precision ** (1 / 3)  # largest relative error that is accepted; a solver may set it
@@ -48,7 +61,8 @@ class System:
         if damp is not None:
             damp = damp.abs()[:, None]
             largest = torch.maximum(largest, damp)
-        largest = torch.where(largest > 0, largest, 1.0)
+        self.empty = largest == 0  # columns of zeros
+        largest = torch.where(self.empty, 1.0, largest)
         squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
         if damp is not None:
             squares = squares + (damp / largest).square()
@@ -56,15 +70,33 @@ class System:
         scale = power_of_two(exponents)
         self.scale = scale[:, :, None]  # D
         norms = largest / scale * torch.where(squares > 0, squares, 1.0).sqrt()
+        whole = torch.where(self.empty, 0.0, norms * scale)
+        largest = whole.amax(1, keepdim=True)
+        self.frobenius = largest * norm((whole / torch.where(largest > 0, largest, 1.0))[:, :, None])
         self.norms = norms[:, :, None]  # of the scaled columns: what powers of two have left over, 1/2 to 2
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
-        self.d2 = None if damp is None else (damp / scale).square()[:, :, None]  # d^2 D^-2
+        self.damp = None if damp is None else (damp / scale)[:, :, None]  # d D^-1
+        self.d2 = None if self.damp is None else self.damp.square()
+
+    @contextmanager
+    def accepting_anything(self):
+        """For solves whose errors do no harm: none is refused, and none made more accurate than it comes."""
+        kept, self.accept = self.accept, 1e300
+        try:
+            yield
+        finally:
+            self.accept = kept
 
     @cached_property
     def magnitude(self) -> Operator:
         """|A|, entry by entry."""
         return self.A.absolute()
+
+    @cached_property
+    def exact_residuals(self) -> ExactResiduals:
+        """As `residuals`, in twice the working precision."""
+        return ExactResiduals(self)
 
     def damped(self, y: Tensor) -> Tensor | float:
         """d^2 y"""

@@ -1,0 +1,192 @@
+"""The library operation behind `solve_augmented`: plain tensors in, solution and report out."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .holder import Holder, by_number
+from .pattern import SparsePattern, find_pattern
+from .products import Operator
+from .result import (
+    CONVERGED,
+    INACCURATE,
+    RANK_DEFICIENT,
+    SPOILT,
+    RankDeficientError,
+    Report,
+    check,
+    method_code,
+    remember_derivative,
+)
+from .solvers.gram import full_matching
+from .solvers.system import System, norm, power_of_two
+from .transforms import define
+
+# Numbers in the right-hand sides that are solved for together. Many columns gain nothing from larger blocks, and lose
+# where temporaries are so large that the system hands out their memory anew each time.
+_BLOCK = 2**21
+
+
+def _solve_kernel(
+    values: Tensor,
+    damp: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    primal: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    settings: int,
+    holder: int,
+    on_failure: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = values.resolve_conj()
+    wanted, copies = by_number[settings], values.shape[0]
+    k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
+    b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
+    c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
+    _require_finite(values=values, damp=damp, b=b, c=c)
+    if not (copies and m and n and k):
+        nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=values.device) for _ in Report._fields))
+        nothing = nothing._replace(method=nothing.method + method_code("none"))
+        return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1)
+    keeper = Holder.living.get(holder) or Holder()
+    pattern = find_pattern(indices, m, n)
+    if on_failure == "raise" and damp is None and not wanted.minimum_norm:
+        _require_matching(pattern, wanted.wide)
+    system, factors = keeper.prepare(wanted, values, damp, pattern)
+    width = max(4, _BLOCK // (copies * (m + n)))
+    blocks = [slice(start, start + width) for start in range(0, k, width)]
+    with system.accepting_anything() if on_failure == "accept" else nullcontext():
+        parts = [
+            _solve_block(system, factors, b[:, :, part], c[:, :, part], None if primal is None else primal[:, :, part])
+            for part in blocks
+        ]
+    r, x, report = parts[0]
+    if len(parts) > 1:
+        r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+        report = Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
+    report = report._replace(ticket=torch.full_like(report.status, keeper.key if holder else 0))
+    keeper.solves += 1
+    if keeper.solves > 1 and on_failure != "accept":
+        remember_derivative(keeper.key, float(torch.maximum(report.residual_error, report.solution_error).max()))
+    if on_failure == "raise":
+        check(report, n, system.accept, wanted.minimum_norm, lambda p: _name_columns(factors, p, wanted.wide))
+    elif on_failure != "accept":
+        failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
+        r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
+    return r, x, torch.stack(list(report), 1)
+
+
+def _solve_block(
+    system: System, factors: Any, b: Tensor, c: Tensor, primal: Tensor | None
+) -> tuple[Tensor, Tensor, Report]:
+    """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way."""
+    scaled = c / system.scale
+    size = torch.maximum(b.abs().amax(1, keepdim=True), scaled.abs().amax(1, keepdim=True))
+    size = power_of_two(torch.frexp(size).exponent)
+    r, y, report = factors.solve(b / size, scaled / size)
+    r, x = r * size, y / system.scale * size
+    return r, x, _settle(system, report, r, x, b, primal)
+
+
+def _require_matching(pattern: SparsePattern, wide: bool) -> None:
+    """Refuse a pattern for which no values have full rank."""
+    n = pattern.shape[1]
+    rank, unmatched = pattern.keep("matching", lambda: full_matching(pattern))
+    if unmatched >= 0:
+        what = "row" if wide else "column"
+        raise RankDeficientError(
+            f"A has structural rank {rank}, not full rank {n}: its pattern allows no full rank, whatever the values; "
+            f"{what} {unmatched} for one is empty or shares too few {'column' if wide else 'row'}s with others. Pass "
+            f"rank_deficient='minimum_norm' for the solution of least norm, or damp > 0, or remove such {what}s"
+        )
+
+
+def _name_columns(factors: Any, p: int, wide: bool) -> str:
+    """Which columns are dependent, as a part of an error message."""
+    columns = factors.dependent(p) if hasattr(factors, "dependent") else []
+    what = "rows" if wide else "columns"
+    return f"; {what} {', '.join(map(str, columns))} take part in a dependence" if columns else ""
+
+
+def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None) -> Report:
+    """The verdict on a solution, given what it is for.
+
+    Numbers that overflowed are no success, whatever the solver says. What an adjoint solve l is for is the gradient
+    -(l_r x^H + r l_x^H) at the stored entries, by the errors of l and of the `primal` (r, x):
+
+      - a gradient that these errors may spoil is refused, though l itself is right: x may be right in its norm and not
+        in those entries that the gradient needs;
+      - a gradient that they cannot spoil is accepted, though l_x is wrong: that of |residual|^2 has l_x = 0.
+
+    Args:
+        primal: see `describe_primal`.
+    """
+    if primal is not None:
+        judged, relaxed, error_of_r, error_of_x = primal[:, :4].unbind(1)
+        of_r, of_x = primal[:, 4 : 4 + system.m], primal[:, 4 + system.m :]
+        size_r = norm(r)
+        error_r = torch.where(size_r > 0, report.residual_error * size_r, 0.0)
+        error_x = torch.where(x.abs().amax(1) > 0, report.solution_error * norm(x), 0.0)
+        pattern, copies = system.A.pattern, system.copies
+        stored = Operator(pattern, of_r.new_ones((1, pattern.nnz)).expand(copies, -1))
+        first = (r.abs().square() * stored.matmul(of_x.square())).sum(1).sqrt()  # |l_r x^H| at the stored entries
+        second = (of_r.square() * stored.matmul(x.abs().square())).sum(1).sqrt()
+        # A gradient that is zero but for rounding is as right as can be.
+        zero = size_r * norm(of_r) / (report.norm.clamp_min(1e-300) * (system.weight.amin(1)))
+        error = error_r * norm(of_x) + error_x * norm(of_r)
+        allowed = system.accept * torch.maximum(first + second, system.accept * zero)
+        useful = (relaxed > 0) & (error <= system.accept * first)
+        useful &= error_r <= system.accept * torch.maximum(size_r, system.accept * norm(b))
+        spoilt = (judged > 0) & ~(error + error_of_x * size_r + error_of_r * norm(x) <= allowed)
+        status = torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
+        status = torch.where(spoilt & (report.status == CONVERGED), float(SPOILT), status)
+        report = report._replace(status=status)
+    finite = torch.isfinite(r.sum(1)) & torch.isfinite(x.sum(1))  # without a temporary of that size
+    status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
+    none = ~finite | (status == RANK_DEFICIENT)
+    errors = (torch.where(none, torch.inf, error) for error in (report.residual_error, report.solution_error))
+    return report._replace(status=status, **dict(zip(("residual_error", "solution_error"), errors, strict=True)))
+
+
+def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, judged: bool, relaxed: bool) -> Tensor:
+    """(P, 4 + m + n, k): what an adjoint solve is to know of the solution (r, x), in one tensor.
+
+    Whether the gradient is to be judged, whether it may be accepted for itself, estimated errors of r and x; |r|, |x|.
+    """
+    report, r, x = report.detach(), r.detach().abs(), x.detach().abs()
+    fields = Report._fields
+    rows = [torch.full_like(x[:, :1], float(flag)) for flag in (judged, relaxed)]
+    for size, name in ((r, "residual_error"), (x, "solution_error")):
+        whole = torch.linalg.vector_norm(size, dim=1, keepdim=True)
+        # In double precision, whatever the user's own, whose rounding the estimate includes.
+        error = report[:, None, fields.index(name)] - report[:, None, fields.index("rounding")]
+        rows.append(torch.where(whole > 0, error * whole, 0.0))
+    return torch.cat([*rows, r, x], 1)
+
+
+def _require_finite(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        # A sum needs no temporary; of large finite numbers it may still overflow.
+        if tensor is None or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+            continue
+        raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
+
+
+def _solve_fake(values, damp, b, c, primal, indices, m, n, settings, holder, on_failure):
+    copies, k = values.shape[0], (b if b is not None else c).shape[2]
+    report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
+    return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
+
+
+solve_kernel = define(
+    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? primal, Tensor indices, SymInt m, SymInt n, "
+    "int settings, int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
+    _solve_kernel,
+    _solve_fake,
+)

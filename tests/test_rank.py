@@ -1,0 +1,209 @@
+"""Matrices without full rank: recognised, refused, or solved for the least norm."""
+
+import itertools
+
+import mpmath
+import pytest
+import torch
+from helpers import close, full_pattern, with_singular_values
+from references import exact
+
+import functional_lstsq as fl
+
+
+@pytest.mark.parametrize("nullity", [1, 3, 8])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_rank_deficient(nullity, wide, dtype):
+    m, n = 30, 12
+    generator = torch.Generator().manual_seed(nullity)
+    left, right = (torch.randn(rows, n - nullity, dtype=dtype, generator=generator) for rows in (m, n))
+    A = (right @ left.mH) if wide else left @ right.mH
+    matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape))
+    b = torch.randn(A.shape[0], 2, dtype=dtype, generator=generator)
+    for solver in (None, fl.Direct()):
+        with pytest.raises(fl.RankDeficientError, match=f"rank {n - nullity}, not full rank {n}.*take part"):
+            fl.lstsq(matrix, b, solver=solver)
+    with pytest.raises(fl.RankDeficientError, match="rank below 12"):
+        fl.lstsq(matrix, b, solver=fl.CGLS())
+    for solver in (None, fl.Direct()):
+        solution = fl.solve(matrix, b, rank_deficient="minimum_norm", solver=solver)
+        want = torch.linalg.pinv(A, rtol=1e-4 if dtype == torch.float32 else 1e-10) @ b
+        close(solution.x, want, 1e-3 if dtype == torch.float32 else 1e-10)
+        assert solution.info.rank.tolist() == [n - nullity] * 2
+        close(
+            fl.lstsq(matrix, b, damp=0.1, solver=solver), _ridge(A, b, 0.1), 1e-4 if dtype == torch.float32 else 1e-10
+        )
+
+
+def _ridge(A, b, damp):
+    double = torch.promote_types(A.dtype, torch.float64)
+    gram = A.to(double).mH @ A.to(double) + damp**2 * torch.eye(A.shape[1], dtype=double)
+    return (torch.linalg.inv(gram) @ A.to(double).mH @ b.to(double)).to(A.dtype)
+
+
+def test_minimum_norm_of_badly_scaled_columns():
+    """An estimate that holds where scaling magnifies the null space's errors."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0, 3, 6):
+        A = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        A = A @ torch.randn(4, 7, generator=generator, dtype=torch.float64)
+        A = A * 10 ** torch.linspace(-spread, spread, 7, dtype=torch.float64)
+        A = torch.round(A * 2**30) / 2**30 if spread == 0 else A
+        b = torch.randn(20, generator=generator, dtype=torch.float64)
+        solution = fl.solve(
+            fl.SparseMatrix(A.reshape(-1), full_pattern(20, 7)), b, rank_deficient="minimum_norm", throw=False
+        )
+        if solution.info.status == "converged":
+            want = torch.linalg.pinv(A, rtol=1e-13) @ b
+            if int(solution.info.rank) == 7:
+                want = torch.tensor(exact(A, b, b[:7])[0][:, 0])
+            error = float((solution.x - want).norm() / want.norm())
+            assert error <= 10 * float(solution.info.forward_error) + 1e-9
+
+
+def test_a_batch_with_matrices_of_different_kinds():
+    """Well-conditioned, ill-conditioned and deficient matrices of one batch, each by what it needs."""
+    good, pattern = with_singular_values([1.0, 0.5, 0.2, 0.1], 9, seed=3)
+    poor, _ = with_singular_values([1.0, 1e-2, 1e-5, 1e-8], 9, seed=4)
+    lost, _ = with_singular_values([1.0, 0.5, 0.0, 0.0], 9, seed=5)
+    last, _ = with_singular_values([1.0, 0.5, 0.3, 0.0], 9, seed=6)
+    batch = torch.stack([good, poor, lost, last])
+    b = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def solution(A):
+        return fl.solve(fl.SparseMatrix(A.reshape(-1), pattern), b, rank_deficient="minimum_norm")
+
+    together = torch.vmap(solution)(batch)
+    assert together.info.rank.tolist() == [4, 4, 2, 3]
+    assert together.info.method == "dense-cholesky, dense-qr"
+    for x, A in zip(together.x, batch, strict=True):
+        close(x, torch.linalg.pinv(A, rtol=1e-12) @ b, 1e-6)
+    with pytest.raises(fl.RankDeficientError, match="2 of 4 right-hand sides failed; the first: matrix 2"):
+        torch.vmap(lambda A: fl.lstsq(fl.SparseMatrix(A.reshape(-1), pattern), b))(batch)
+
+
+@pytest.mark.parametrize("pair", itertools.combinations(range(5), 2))
+def test_no_pair_of_equal_columns_escapes_the_iteration(pair):
+    A = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    A[:, pair[0]] = A[:, pair[1]]
+    matrix, b = fl.SparseMatrix(A.reshape(-1), full_pattern(9, 5)), torch.ones(9, dtype=torch.float64)
+    with pytest.raises(fl.RankDeficientError):
+        fl.lstsq(matrix, b, solver=fl.CGLS())
+    A[:, pair[0]] += 1e-9 * torch.randn(9, dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError):
+        fl.lstsq(fl.SparseMatrix(A.reshape(-1), full_pattern(9, 5)), b, solver=fl.CGLS())
+
+
+def test_minimum_norm_without_a_factor_says_so():
+    matrix = fl.SparseMatrix(torch.ones(12, dtype=torch.float64), full_pattern(6, 2))
+    with pytest.raises(fl.RankDeficientError, match=r"pass solver=Direct\(\)"):
+        fl.lstsq(matrix, torch.ones(6).double(), rank_deficient="minimum_norm", solver=fl.CGLS())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_pattern_that_allows_no_full_rank_is_told_before_any_work(wide):
+    rows, columns = torch.tensor([0, 1, 2, 3, 3, 4, 4]), torch.tensor([0, 1, 1, 0, 3, 0, 1])  # column 2 is empty
+    indices, shape = torch.stack([rows, columns]), (5, 4)
+    pattern = fl.SparsePattern(indices, shape)
+    pattern, what = (pattern.T, "row") if wide else (pattern, "column")
+    A = fl.SparseMatrix(torch.ones(7, dtype=torch.float64), pattern)
+    b = torch.ones(pattern.shape[0], dtype=torch.float64)
+    with pytest.raises(fl.RankDeficientError, match=f"structural rank 3, not full rank 4.*{what} 2 for one"):
+        fl.lstsq(A, b, solver=_Untouched())
+    for solver in (None, fl.Direct()):
+        x = fl.lstsq(A, b, rank_deficient="minimum_norm", solver=solver)
+        close(x, torch.linalg.pinv(A.to_dense()) @ b, 1e-12)
+
+
+class _Untouched:
+    def prepare(self, system, *, minimum_norm):
+        raise AssertionError("there was no need to")
+
+
+def network(islands, each, seed=0):
+    """Differences of heights on `islands` separate networks: (A, b), one null vector for each."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(islands * each)
+    first = place.repeat(3)
+    hop = torch.randint(1, each, (3 * len(place),), generator=generator)
+    second = first // each * each + (first % each + hop) % each
+    row = torch.arange(len(first))
+    weights = 10 ** (6 * torch.rand(len(first), generator=generator, dtype=torch.float64) - 3)
+    indices = torch.stack([torch.cat([row, row]), torch.cat([first, second])])
+    A = fl.SparseMatrix(torch.cat([-weights, weights]), fl.SparsePattern(indices, (len(first), len(place))))
+    return A, torch.randn(len(first), generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("islands", [1, 7, 40])
+def test_networks_without_a_datum(islands):
+    """Row weights from 1e-3 to 1e3; the answer of least norm is the one of mean zero on every island."""
+    each = 30
+    A, b = network(islands, each)
+    n = islands * each
+    auto = fl.Auto(dense_columns=1)
+    with pytest.raises(fl.RankDeficientError, match=f"rank {n - islands}, not full rank {n}.*columns .* take part"):
+        fl.lstsq(A, b, solver=auto)
+    w = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(values, b, solver):
+        solution = fl.solve(fl.SparseMatrix(values, A.pattern), b, rank_deficient="minimum_norm", solver=solver)
+        return solution.x @ w, solution
+
+    (by_A, by_b), solution = torch.func.grad(loss, (0, 1), has_aux=True)(A.values, b, auto)
+    assert solution.info.method.startswith("direct")
+    # By a pinned height on each island, then the mean taken off: a problem of full rank.
+    pinned = torch.arange(0, n, each)
+    D = torch.cat([A.to_dense(), torch.zeros(islands, n, dtype=torch.float64)])
+    D[A.shape[0] :, pinned] = torch.eye(islands, dtype=torch.float64)
+    pinned_x = fl.lstsq(
+        fl.SparseMatrix.from_torch(D.to_sparse_coo()), torch.cat([b, torch.zeros(islands).double()]), refine="extended"
+    ).view(islands, each)
+    want = (pinned_x - pinned_x.mean(1, keepdim=True)).reshape(-1)
+    error = float((solution.x - want).norm() / want.norm())
+    assert error < 1e-11
+    assert error <= 10 * float(solution.info.forward_error) + 1e-15
+    x_dot = torch.func.jvp(lambda v, b: loss(v, b, auto)[0], (A.values, b), (A.values.flip(0), b.flip(0)))[1]
+    assert abs(float(x_dot) - float(by_A @ A.values.flip(0) + by_b @ b.flip(0))) < 1e-9 * abs(float(x_dot))
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct()])
+def test_columns_of_many_scales_do_not_blur_the_null_space(solver):
+    """The three terms of the gradient, with a column a million times larger and none of its business."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(30, 6, generator=generator, dtype=torch.float64)
+    A[:, 5] = A[:, 4]  # the dependence
+    scale = torch.tensor([2.0**20, 1, 2.0**-20, 1, 1, 1], dtype=torch.float64)
+    A = A * scale
+    b, w = (torch.randn(k, generator=generator, dtype=torch.float64) for k in (30, 6))
+    got = torch.func.grad(
+        lambda v: fl.lstsq(fl.SparseMatrix(v, full_pattern(30, 6)), b, rank_deficient="minimum_norm", solver=solver) @ w
+    )(A.reshape(-1)).view(30, 6)
+    want = golub_pereyra(A, b, w)
+    close(got, want, 1e-9)
+    for column, right in zip(got.T, want.T, strict=True):  # each at its own scale, for a condition number of 1e12
+        close(column / right.norm(), right / right.norm(), 1e-5)
+
+
+def golub_pereyra(A, b, w):
+    """The gradient of w . A^+ b by A for changes that keep the rank (eq. 4.12), if its last two columns are equal."""
+    with mpmath.workdps(60):
+        M = mpmath.matrix(A.tolist())
+        n = M.cols
+        E = mpmath.zeros(n, n - 1)  # A = (A E) E^+ with A E of full rank: the last two columns together
+        for j in range(n - 1):
+            E[j, j] = 1
+        E[n - 1, n - 2] = 1
+        B = M * E
+        for i in range(B.rows):
+            B[i, n - 2] /= 2
+        left = mpmath.inverse(B.T * B) * B.T
+        right = E * mpmath.inverse(E.T * E)
+        pinv = right * left
+        x = pinv * mpmath.matrix(b.tolist())
+        W = mpmath.matrix(w.tolist())
+        r = mpmath.matrix(b.tolist()) - M * x
+        back = pinv.T * W
+        outside = W - M.T * back
+        gradient = -back * x.T + r * (pinv * back).T + (pinv.T * x) * outside.T
+        return torch.tensor([[float(gradient[i, j]) for j in range(n)] for i in range(M.rows)], dtype=torch.float64)
