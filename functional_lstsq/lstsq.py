@@ -42,9 +42,9 @@ def lstsq(
         solver: `Dense()`, `Direct()`, `CGLS()`, or another solver object; None is `Auto()`, which chooses by predicted
             cost and moves on where a method has no answer that is accepted.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
-        refine: "auto" takes residuals in about twice double precision where the estimated error is above 1e-9
-            without; "extended" always does. Either way errors are of the size of rounding x itself while the condition
-            number is below about 1e13, unless there are weights: rounding of weighted values stays.
+        refine: "auto" takes residuals in about twice double precision where rounding would make errors above 1e-11
+            (1e-9 with `CGLS`); "extended" always does. Errors then are of the size of rounding x itself while the
+            condition number is below about 1e13, unless there are weights: rounding of weighted values stays.
 
     Returns:
         x: (n,) or (n, k).
@@ -57,7 +57,8 @@ def lstsq(
             below eps^(1/3) |b| / |A|, columns scaled, as for b orthogonal to the range: there an error of
             eps^(2/3) |b| / |A| is accepted.
 
-    Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation.
+    Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation, up
+    to six where rank_deficient="minimum_norm".
     All arithmetic of a solve is in double precision; results are rounded to the dtype of the input.
 
     Source: the augmented system (Björck, Numerical Methods for Least Squares Problems, SIAM 1996, section 2.1);
