@@ -232,3 +232,23 @@ def test_info_tells_of_the_norm_and_of_the_last_derivative():
         _, info = torch.func.grad(loss, has_aux=True)(values)
         assert 0 < info.adjoint_error < 1e-9
         assert f"adjoint_error={info.adjoint_error:.2g}" in repr(info)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1.0, 1e3, 1e6, 1e8])
+def test_full_rank_that_hangs_on_a_row_left_out_of_the_factor(weight, monkeypatch):
+    """Differences along a path and their sum: what is factored is singular; the answer is right, or there is none."""
+    monkeypatch.setattr(gram, "_HEAVY_WORK", 0)
+    n = 200
+    D = torch.diag(-torch.ones(n, dtype=torch.float64)) + torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+    D[-1] = weight
+    b = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.cat([torch.zeros(1), b[:-1].cumsum(0)])
+    x = x - x.mean() + b[-1] / weight / n
+    try:
+        solution = fl.solve(D.to_sparse_coo(), b, solver=fl.Direct())
+    except torch.linalg.LinAlgError:
+        assert weight > 1e6
+        return
+    assert float((solution.x - x).norm() / x.norm()) < 1e-11
+    default = fl.solve(D.to_sparse_coo(), b, solver=fl.Auto(dense_columns=1))
+    assert float((default.x - x).norm() / x.norm()) < 1e-11

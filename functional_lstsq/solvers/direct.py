@@ -24,6 +24,8 @@ from .gram import GramAnalysis, NotPositive, available_bytes, method_name
 from .system import System, check_number, noise
 
 _SHIFTS = (1e-14, 1e-12, 1e-10)  # relative to the squares of the norms of columns
+# Where rows are left out, what is left may have no full rank, and the Woodbury identity cancels up to 1 / shift.
+_SHIFTS_WITHOUT_ROWS = (1e-10, 1e-9)
 _BLOCKS = (8, 32, 128, 512)
 
 
@@ -160,14 +162,15 @@ class _Block:
         extra = torch.where(self.empty, 1.0, 0.0 * self.norms2)  # columns of zeros keep to themselves
         if system.d2 is not None:
             extra = extra + system.d2[p]
-        for shift in _SHIFTS:
+        shifts = _SHIFTS_WITHOUT_ROWS if len(analysis.heavy) else _SHIFTS
+        for shift in shifts:
             # One diagonal for the shift and what is on it anyway.
             diagonal = (self.norms2 + extra / shift)[:, 0].cpu().numpy()
             try:
                 self._solve = analysis.factor(values, diagonal, shift)
                 break
             except NotPositive:
-                if shift == _SHIFTS[-1]:
+                if shift == shifts[-1]:
                     raise torch.linalg.LinAlgError(
                         f"method {method_name()} could not factor A^H A + {shift:g}; try another solver"
                     ) from None
@@ -179,7 +182,8 @@ class _Block:
             self.inverse_U = self._solve(self.U)
             inner = self.U.mH @ self.inverse_U
             inner = (inner + inner.mH) / 2 + torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-            self.inner = torch.linalg.cholesky(inner)
+            self.inner, _ = torch.linalg.cholesky_ex(inner)
+            self._check_inverse(extra + shift * self.norms2)
         self.V: Tensor | None = None
         self.null: Tensor | None = None
 
@@ -189,6 +193,17 @@ class _Block:
         if self.U is not None:
             x = x - self.inverse_U @ torch.cholesky_solve(self.U.mH @ x, self.inner)
         return torch.where(self.empty, 0.0, x)
+
+    def _check_inverse(self, diagonal: Tensor) -> None:
+        """Raise if cancellation has spoilt the inverse in any direction: four random vectors have a part in each."""
+        v = torch.where(self.empty, 0.0, noise(self.norms2.expand(-1, 4))).to(self.A.dtype)
+        found = self.invert(self.A.adjoint(self.A.matmul(v[None]))[0] + diagonal * v)
+        error = (torch.linalg.vector_norm(found - v, dim=0) / torch.linalg.vector_norm(v, dim=0)).max()
+        if not bool(error < 0.01 / len(v) ** 0.5):
+            raise torch.linalg.LinAlgError(
+                f"method {method_name()}: without its {len(self.inner)} rows with most entries, which would fill the "
+                "factor, A is too far from full rank; try another solver"
+            )
 
     def apply(self, g: Tensor) -> Tensor:
         """(A^H A)^+ g, to some digits: weak directions by what is known of them, none of the null space."""

@@ -189,6 +189,16 @@ def _bound(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor, largest: 
     return Errors(first + second / sigma, shift, shift)  # of x at most that of y: all weights are at most 1
 
 
+def _at_least(errors: Errors, first: Tensor, second: Tensor, largest: Tensor, noise: Tensor) -> Errors:
+    """What errors must at least be for residuals of the norms `first` and `second`, whatever a factor may say.
+
+    Residuals are (e_r + A e_y, A^H e_r - d^2 e_y), so e_r or A e_y is at least half as large as either.
+    """
+    least = (torch.maximum(first, second / largest) - 10 * noise).clamp_min(0) / 2
+    both = (errors.r < least) & (largest * errors.y < least)
+    return Errors(torch.where(both, least, errors.r), errors.y, errors.x)
+
+
 def report(
     system: System,
     b: Tensor,
@@ -209,11 +219,12 @@ def report(
     r, y, errors, iterations = refined
     measure = Measure(system, b, c if given is None else given, largest)
     whole = measure.sizes(r, y)
+    first, second = (norm(residual) for residual in system.residuals(b, c, r, y))
+    errors = _at_least(errors, first, second, largest, EPS * (norm(b) + norm(c) + norm(r) + largest * whole.y))
     accepted = measure.relative(errors, whole) <= system.accept
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
     slack = EPS * (norm(b) + largest * whole.y)
-    gradient = norm(system.gradient(r, y, c))
 
     def claim(error: Tensor, size: Tensor) -> Tensor:
         relative = torch.where(accepted & (size == 0), 0.0, _ratio(error, size))  # a zero that is one
@@ -223,7 +234,7 @@ def report(
         status=torch.where(accepted, CONVERGED, failed) * ones,
         method=method * ones,
         iterations=iterations,
-        optimality=_ratio(gradient, largest * torch.maximum(whole.r, slack) + norm(c)),
+        optimality=_ratio(second, largest * torch.maximum(whole.r, slack) + norm(c)),
         residual_error=claim(errors.r, whole.r),
         solution_error=claim(errors.x, whole.x),
         condition=largest / smallest * ones,
