@@ -155,21 +155,27 @@ def _iterate(
     Corrections that shrink by a factor of q leave an error of q / (1 - q) of the last one. `first_is_all`: what is
     there came from one correction of zero, whose size is that of the solution itself.
     """
-    previous = torch.full_like(iterations, torch.inf)
-    errors, active = Errors(previous, previous, previous), torch.ones_like(iterations, dtype=torch.bool)
+    unknown = torch.full_like(iterations, torch.inf)
+    errors = previous = Errors(unknown, unknown, unknown)
+    active = torch.ones_like(iterations, dtype=torch.bool)
     for step in range(limit):
         moved = correct(*residuals(r, y))
         iterations = iterations + torch.where(active, moved.iterations, 0)
-        moves = measure.sizes(moved.r, moved.y)
-        relative = measure.relative(moves, measure.sizes(r.high, y.high))
-        better = active & (relative < previous)
-        r = r.plus(moved.r).where(better[:, None], r)
-        y = y.plus(moved.y).where(better[:, None], y)
-        rate = relative / previous if step else relative if first_is_all else torch.ones_like(relative)
+        moves, before = measure.sizes(moved.r, moved.y), measure.sizes(r.high, y.high)
+        next_r, next_y = r.plus(moved.r), y.plus(moved.y)
+        # A first solution may be far too large, so corrections are held against one and the same size.
+        whole = measure.sizes(next_r.high, next_y.high)
+        relative = measure.relative(moves, whole)
+        if step:
+            rate = relative / measure.relative(previous, whole)
+        else:
+            rate = measure.relative(moves, before) if first_is_all else torch.ones_like(relative)
+        better = active & ((rate < 1) | (relative == 0) if step else torch.isfinite(relative))
+        r, y = next_r.where(better[:, None], r), next_y.where(better[:, None], y)
         left = torch.where(better, torch.maximum(10 * rate, slowest).clamp(max=1), 1.0)
         errors = Errors(*(torch.where(active, left * move, old) for move, old in zip(moves, errors, strict=True)))
         active = better & (left * relative > target) & ((rate < 0.25) | (step == 0))
-        previous = torch.minimum(relative, previous)
+        previous = Errors(*(torch.where(better, move, old) for move, old in zip(moves, previous, strict=True)))
         if not bool(active.any()):
             break
     return r, y, errors, iterations
