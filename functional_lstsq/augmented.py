@@ -78,7 +78,7 @@ class Solve(Primitive):
         if needed[0] and report.shape[1]:  # which a given solver does not fill in
             # l_x may serve the gradient by the values alone.
             relaxed = c is None and not needed[1]
-            primal = describe_primal(r, x, report, judged=not minimum_norm, relaxed=relaxed)
+            primal = describe_primal(r, x, report, relaxed=relaxed)
         l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, indices)
         values_bar = damp_bar = None
         if needed[0]:

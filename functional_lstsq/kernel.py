@@ -138,7 +138,7 @@ def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, pri
         first = (r.abs().square() * stored.matmul(of_x.square())).sum(1).sqrt()  # |l_r x^H| at the stored entries
         second = (of_r.square() * stored.matmul(x.abs().square())).sum(1).sqrt()
         # A gradient that is zero but for rounding is as right as can be.
-        zero = size_r * norm(of_r) / (report.norm.clamp_min(1e-300) * (system.weight.amin(1)))
+        zero = size_r * norm(of_r) / report.norm.clamp_min(1e-300)
         error = error_r * norm(of_x) + error_x * norm(of_r)
         allowed = system.accept * torch.maximum(first + second, system.accept * zero)
         useful = (relaxed > 0) & (error <= system.accept * first)
@@ -154,14 +154,16 @@ def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, pri
     return report._replace(status=status, **dict(zip(("residual_error", "solution_error"), errors, strict=True)))
 
 
-def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, judged: bool, relaxed: bool) -> Tensor:
+def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, relaxed: bool) -> Tensor:
     """(P, 4 + m + n, k): what an adjoint solve is to know of the solution (r, x), in one tensor.
 
-    Whether the gradient is to be judged, whether it may be accepted for itself, estimated errors of r and x; |r|, |x|.
+    Whether the gradient is to be judged (without full rank there is more to it), whether it may be accepted for itself,
+    estimated errors of r and x; |r|, |x|.
     """
     report, r, x = report.detach(), r.detach().abs(), x.detach().abs()
     fields = Report._fields
-    rows = [torch.full_like(x[:, :1], float(flag)) for flag in (judged, relaxed)]
+    full = report[:, None, fields.index("rank")] >= x.shape[1]
+    rows = [full.to(x.dtype), torch.full_like(x[:, :1], float(relaxed))]
     for size, name in ((r, "residual_error"), (x, "solution_error")):
         whole = torch.linalg.vector_norm(size, dim=1, keepdim=True)
         # In double precision, whatever the user's own, whose rounding the estimate includes.
