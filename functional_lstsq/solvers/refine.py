@@ -227,14 +227,16 @@ def report(
     whole = measure.sizes(r, y)
     first, second = (norm(residual) for residual in system.residuals(b, c, r, y))
     errors = _at_least(errors, first, second, largest, EPS * (norm(b) + norm(c) + norm(r) + largest * whole.y))
-    accepted = (measure.relative(errors, whole) <= system.accept) & system.comparable
+    # Where scales differ so much that squares of x in units of the smallest may underflow, nothing could be claimed.
+    measured = (whole.x > 2.0**-450) | (whole.y == 0)
+    accepted = (measure.relative(errors, whole) <= system.accept) & measured
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
     slack = EPS * (norm(b) + largest * whole.y)
 
     def claim(error: Tensor, size: Tensor) -> Tensor:
         relative = torch.where(accepted & (size == 0), 0.0, _ratio(error, size))  # a zero that is one
-        return torch.where(system.comparable, relative + system.precision / 2, torch.inf)
+        return torch.where(measured, relative + system.precision / 2, torch.inf)
 
     return Report(
         status=torch.where(accepted, CONVERGED, failed) * ones,

@@ -74,8 +74,6 @@ class System:
         largest = whole.amax(1, keepdim=True)
         self.frobenius = largest * norm((whole / torch.where(largest > 0, largest, 1.0))[:, :, None])
         self.norms = norms[:, :, None]  # of the scaled columns: what powers of two have left over, 1/2 to 2
-        # Squares of what columns so different make of each other would underflow: nothing could be claimed.
-        self.comparable = scale.amax(1, keepdim=True) / scale.amin(1, keepdim=True) < 2.0**250
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
         self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
         self.damp = None if damp is None else (damp / scale)[:, :, None]  # d D^-1
