@@ -63,24 +63,30 @@ class Operator:
         return self._compressed(values, self.pattern.T.repeated(self.copies), self.n, self.m)
 
     def _compressed(self, values: Tensor, where: Orientation, m: int, n: int) -> Tensor:
-        values = values if where.order is None else values.index_select(1, where.order)
+        if where.order is not None:  # gather is several times faster than index_select along rows
+            values = values.gather(1, where.order.expand(self.copies, -1))
         size = (self.copies * m, self.copies * n)
         return torch.sparse_csr_tensor(where.pointers, where.indices, values.reshape(-1), size, check_invariants=False)
 
-    def matmul(self, X: Tensor) -> Tensor:
-        """A X for X of shape (P, n, k)."""
-        return self._product("rows", X, self.m)
+    def matmul(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """A X for X of shape (P, n, k), into a contiguous `out` if there is one."""
+        return self._product("rows", X, self.m, out)
 
-    def adjoint(self, Y: Tensor) -> Tensor:
-        """A^H Y for Y of shape (P, m, k)."""
-        return self._product("columns", Y, self.n)
+    def adjoint(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
+        """A^H Y for Y of shape (P, m, k), into a contiguous `out` if there is one."""
+        return self._product("columns", Y, self.n, out)
 
-    def _product(self, which: str, X: Tensor, rows: int) -> Tensor:
+    def _product(self, which: str, X: Tensor, rows: int, out: Tensor | None) -> Tensor:
         k = X.shape[2]
+        if out is None:
+            out = X.new_empty((self.copies, rows, k))
         if not (self.pattern.nnz and k and self.copies):
-            return X.new_zeros((self.copies, rows, k))
-        flat = X.reshape(-1, k).contiguous()
-        return (getattr(self, which) @ flat).view(self.copies, rows, k)
+            return out.zero_()
+        if k == 1:  # as a vector, which has a faster kernel
+            torch.mv(getattr(self, which), X.reshape(-1), out=out.view(-1))
+        else:
+            torch.mm(getattr(self, which), X.reshape(-1, k).contiguous(), out=out.view(-1, k))
+        return out
 
     def gram(self) -> Tensor:
         """A^H A as a dense tensor (P, n, n), from a sparse product."""

@@ -10,17 +10,27 @@ found in every direction, which costs up to one solve per matrix and gives the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..products import Operator
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
 from .refine import refine, report
 from .system import EPS, Run, System, cgls, check_number, noise, norm
 
 _CONTRACTION = 0.05  # of corrections after the first solve
+# Products in single precision take half the time where memory bounds them; corrections by them are right to some digits
+# while eps cond^2 is small, and refinement in double precision makes up the others (Carson, Higham, Pranesh, SIAM J.
+# Sci. Comput. 42(6), 2020).
+_SINGLE_CONTRACTION = 1e-4
+_SINGLE_CONDITION = 30
+_SINGLE_ENTRIES = 500_000
+_SOLVES = 5  # a solve and its adjoint take about so many times the iterations that find the known solutions
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,24 @@ class CGLS:
         return _Prepared(self, system)
 
 
+class _Single(NamedTuple):
+    """What the iteration needs of a system, in single precision."""
+
+    A: Operator
+    d2: Tensor | None
+
+    @classmethod
+    def of(cls, system: System) -> _Single:
+        A, dtype = system.A, torch.complex64 if system.A.dtype.is_complex else torch.float32
+        return cls(Operator(A.pattern, A.values.to(dtype)), None if system.d2 is None else system.d2.float())
+
+
 class _Prepared:
-    def __init__(self, settings: CGLS, system: System):
-        self.settings, self.system = settings, system
+    def __init__(self, settings: CGLS, system: System, patience: float = float("inf")):
+        self.settings, self.system, self.patience = settings, system, patience
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
+        large = system.A.values.numel() >= _SINGLE_ENTRIES and system.accept < 1
+        self.single = _Single.of(system) if large else None
         self._measure()
 
     def _measure(self) -> None:
@@ -69,41 +93,79 @@ class _Prepared:
         system = self.system
         # Two of them: that both are blind to a direction takes a chance of one in a million.
         known = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
-        b = system.A.matmul(known)
-        c = -torch.zeros_like(known) if system.d2 is None else -system.d2 * known
-        whole = norm(system.norms * known)
-        smallest, error = norm(b) / whole, whole
-        largest = torch.ones_like(smallest)
-
-        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
-            nonlocal smallest, largest, error
-            missing = known - y
-            error, energy = norm(system.norms * missing), norm(r).square()
-            if system.d2 is not None:
-                energy = energy + norm(system.d2.sqrt() * missing).square()
-            smallest = torch.where(error > 0, torch.minimum(smallest, energy.sqrt() / error), smallest)
-            largest = torch.where(energy > 0, torch.maximum(largest, gamma.sqrt() / energy.sqrt()), largest)
-            # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
-            found = error <= 1e-3 / system.n**0.5 * whole
-            return found | (smallest <= system.tolerance * largest)
-
-        run = cgls(
-            system,
-            b,
-            c,
-            self._precondition,
-            converged,
-            limit=self.settings.max_iterations,
-            callback=self.settings.callback,
-        )
-        smallest, largest = smallest.amin(1, keepdim=True), largest.amax(1, keepdim=True)
+        self.whole = norm(system.norms * known)
+        self.smallest, self.largest = torch.full_like(self.whole, torch.inf), torch.ones_like(self.whole)
+        self.iterations = torch.zeros_like(self.whole)
+        if self.single is not None:
+            known = self._find(self.single, known)
+            if not bool((self.largest < _SINGLE_CONDITION * self.smallest).all()):
+                self.single = None
+        if self._missed(known).any():  # not found in single precision, if that was tried
+            known = self._find(system, known)
+        smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
         self.smallest, self.largest = smallest, largest
         self.deficient = smallest <= system.tolerance * largest
-        self.iterations = run.iterations.amax(1, keepdim=True)
-        missed = (error > 1e-3 / system.n**0.5 * whole).any(1, keepdim=True)
-        self.unseen = ~self.deficient & missed
+        self.iterations = self.iterations.amax(1, keepdim=True)
+        self.unseen = ~self.deficient & self._missed(known).any(1, keepdim=True)
         # So weak a direction is hidden in the rounding errors of A^H A.
         self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
+
+    def _missed(self, left: Tensor) -> Tensor:
+        # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
+        return norm(self.system.norms * left) > 1e-3 / self.system.n**0.5 * self.whole
+
+    def _find(self, target: System | _Single, known: Tensor) -> Tensor:
+        """What is left of `known` when it has been solved for; notes extreme singular values on the way."""
+        system, real = self.system, target.A.values.real.dtype
+        size = known.abs().amax(1, keepdim=True)  # single precision has a small range
+        wanted, norms = (known / size).to(target.A.dtype), system.norms.to(real)
+        b = target.A.matmul(wanted)
+        c = torch.zeros_like(wanted) if target.d2 is None else -target.d2 * wanted
+        whole, inverse = self.whole / size[:, 0], norms.square().reciprocal()
+        self.smallest = torch.minimum(self.smallest, torch.where(whole > 0, norm(b) / whole, torch.inf).to(torch.float64))
+        threshold, errors = 1e-3 / system.n**0.5, []
+        # Below it is rounding: in single precision, of nothing; in double precision, of a matrix without full rank.
+        floor = 0.0 if target is system else 30 * torch.finfo(real).eps * norm(b)
+
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
+            missing = wanted - y
+            error, energy, gradient = norm(norms * missing), norm(r).square(), gamma.sqrt()
+            if target.d2 is not None:
+                energy = energy + norm(target.d2.sqrt() * missing).square()
+            energy = energy.sqrt()
+            seen = (energy > floor) & (error > 0)
+            ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
+            self.smallest = torch.minimum(self.smallest, ratio)
+            self.largest = torch.maximum(self.largest, torch.where(seen, gradient / energy, 0.0).to(torch.float64))
+            found = error <= threshold * whole
+            if target is not system and bool((self.largest > _SINGLE_CONDITION * self.smallest).any()):
+                return torch.ones_like(found)
+            errors.append(float((error / whole).max()) if self.patience < float("inf") else 0.0)
+            if self._hopeless(errors, threshold):
+                return torch.ones_like(found)
+            return found | (energy <= floor) | (self.smallest <= system.tolerance * self.largest)
+
+        settings = self.settings
+        run = cgls(
+            target,
+            b,
+            c,
+            lambda g: g * inverse,
+            converged,
+            limit=settings.max_iterations,
+            drop=False,
+            callback=settings.callback,
+        )
+        self.iterations = self.iterations + run.iterations
+        return known - run.y.to(known.dtype) * size
+
+    def _hopeless(self, errors: list[float], threshold: float) -> bool:
+        """Whether the errors so far promise more iterations than there is patience for."""
+        if self.patience == float("inf") or len(errors) < 24 or min(errors[-1], errors[-9]) <= threshold:
+            return False
+        rate = math.log(errors[-9] / errors[-1]) / 8
+        expected = len(errors) + math.log(errors[-1] / threshold) / rate if rate > 0 else float("inf")
+        return _SOLVES * expected > self.patience
 
     def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns."""
@@ -111,11 +173,14 @@ class _Prepared:
         limited = self.unseen.expand(-1, b.shape[2])
         # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
-        first = True
+        first, contraction = True, _CONTRACTION if self.single is None else 20 * _SINGLE_CONTRACTION
 
         def correct(b: Tensor, c: Tensor) -> Run:
             nonlocal first, limited
-            run = self._run(b, c, self.target if first else _CONTRACTION)
+            if self.single is not None:
+                run = self._run_single(b, c)
+            else:
+                run = self._run(system, b, c, self.target if first else _CONTRACTION)
             ran_out = run.iterations >= self.settings.max_iterations
             # Other columns than those that were asked about are samples of rounding errors.
             limited = limited | (ran_out if ran_out.shape == limited.shape else ran_out.any(1, keepdim=True))
@@ -129,7 +194,7 @@ class _Prepared:
             correct,
             largest=self.largest,
             smallest=self.smallest,
-            contraction=_CONTRACTION,
+            contraction=contraction,
             target=10 * self.target,
             bound=1e-9,
         )
@@ -155,21 +220,29 @@ class _Prepared:
         """Why a matrix failed, before any right-hand side was seen."""
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
 
-    def _precondition(self, g: Tensor) -> Tensor:
-        return g / self.system.norms.square()
-
-    def _run(self, b: Tensor, c: Tensor, tolerance: float) -> Run:
-        system = self.system
+    def _run(self, system: System | _Single, b: Tensor, c: Tensor, tolerance: float) -> Run:
         # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The
         # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
-        limit, size = tolerance / 2 * self.smallest.square(), norm(c / system.norms)
+        norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
+        inverse, eps = norms.square().reciprocal(), torch.finfo(b.dtype).eps
+        limit, size = tolerance / 2 * self.smallest.square(), norm(c / norms)
 
-        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             gradient = gamma.sqrt()
-            rounding = 10 * EPS * (self.largest * norm(r) + size)
-            return (gradient <= limit * norm(system.weight * y)) | (gradient <= rounding)
+            rounding = 10 * eps * (self.largest * norm(r) + size[:, live])
+            return (gradient <= limit * norm(weight * y)) | (gradient <= rounding)
 
         settings = self.settings
         return cgls(
-            system, b, c, self._precondition, converged, limit=settings.max_iterations, callback=settings.callback
+            system, b, c, lambda g: g * inverse, converged, limit=settings.max_iterations, callback=settings.callback
         )
+
+    def _run_single(self, b: Tensor, c: Tensor) -> Run:
+        """As `_run`, in single precision, for right-hand sides of any size."""
+        assert self.single is not None
+        size = (norm(b) + norm(c))[:, None]
+        size = torch.where(size > 0, size, 1.0)
+        dtype = self.single.A.dtype
+        run = self._run(self.single, (b / size).to(dtype), (c / size).to(dtype), _SINGLE_CONTRACTION)
+        r, y = (part.to(b.dtype) * size for part in (run.r, run.y))
+        return Run(r, y, run.gamma.to(size.dtype), run.iterations.to(size.dtype))

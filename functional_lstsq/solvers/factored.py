@@ -119,7 +119,9 @@ class Factored:
         """K^-1 (b, c) to three digits."""
         g = self.system.gradient(b, torch.zeros_like(c), c)
         goal = 1e-6 * dot(g, self.apply(g))
-        return cgls(self.system, b, c, self.apply, lambda r, y, g, gamma: gamma <= goal, limit=30, rises=3)
+        return cgls(
+            self.system, b, c, self.apply, lambda r, y, g, gamma, live: gamma <= goal[:, live], limit=30, rises=3
+        )
 
     def _find_null_space(self, Z: Tensor, lost: Tensor) -> None:
         """An orthonormal basis of the null space of A, from approximate null vectors of the scaled matrix.

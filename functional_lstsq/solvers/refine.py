@@ -170,11 +170,14 @@ def _iterate(
             rate = relative / measure.relative(previous, whole)
         else:
             rate = measure.relative(moves, before) if first_is_all else torch.ones_like(relative)
-        better = active & ((rate < 1) | (relative == 0) if step else torch.isfinite(relative))
+        # The first correction with exact residuals meets the errors that plain ones left, and its own rounding errors are
+        # in proportion: the second may be as large. From then on corrections shrink or are the last.
+        second = step == 1 and not first_is_all
+        better = active & ((rate < (10 if second else 1)) | (relative == 0) if step else torch.isfinite(relative))
         r, y = next_r.where(better[:, None], r), next_y.where(better[:, None], y)
         left = torch.where(better, torch.maximum(10 * rate, slowest).clamp(max=1), 1.0)
         errors = Errors(*(torch.where(active, left * move, old) for move, old in zip(moves, errors, strict=True)))
-        active = better & (left * relative > target) & ((rate < 0.25) | (step == 0))
+        active = better & (left * relative > target) & ((rate < 0.25) | (step == 0) | second)
         previous = Errors(*(torch.where(better, move, old) for move, old in zip(moves, previous, strict=True)))
         if not bool(active.any()):
             break

@@ -22,11 +22,26 @@ from ..products import Operator
 from .extended import ExactResiduals
 
 EPS = torch.finfo(torch.float64).eps
+_CHUNK = 2**18  # numbers that a cache holds
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Real column products: (P, rows, k) -> (P, k)."""
+    if x.shape[2] <= 8 or x.numel() <= _CHUNK:
+        return torch.linalg.vecdot(x, y, dim=1).real
+    # Torch sums large blocks column by column, through memory rather than cache.
+    parts = zip(*(t.split(max(1, _CHUNK // (x.shape[0] * x.shape[2])), 1) for t in (x, y)), strict=True)
+    total = torch.zeros_like(x[:, 0].real)
+    for a, b in parts:
+        total += torch.linalg.vecdot(a, b, dim=1).real
+    return total
 
 
 def norm(x: Tensor) -> Tensor:
     """Column norms: (P, rows, k) -> (P, k)."""
-    return torch.linalg.vector_norm(x, dim=1)
+    if x.shape[2] <= 8 or x.numel() <= _CHUNK:
+        return torch.linalg.vector_norm(x, dim=1)
+    return dot(x, x).sqrt()
 
 
 class System:
@@ -56,20 +71,13 @@ class System:
         self.accept = precision ** (1 / 3)  # largest relative error that is accepted; a solver may set it
         self.m, self.n, self.copies = operator.m, operator.n, operator.copies
         columns = operator.pattern.indices[1].expand(self.copies, -1)
-        sizes = operator.values.abs()
-        largest = sizes.new_zeros((self.copies, self.n)).scatter_reduce(1, columns, sizes, "amax")
-        if damp is not None:
-            damp = damp.abs()[:, None]
-            largest = torch.maximum(largest, damp)
-        self.empty = largest == 0  # columns of zeros
-        largest = torch.where(self.empty, 1.0, largest)
-        squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
-        if damp is not None:
-            squares = squares + (damp / largest).square()
-        exponents = torch.frexp(largest).exponent + torch.frexp(squares.clamp_min(1).sqrt()).exponent - 1
+        damp = None if damp is None else damp.abs()[:, None]
+        largest, squares = _column_sizes(operator.values.abs(), columns, damp, self.n)
+        self.empty = squares == 0  # columns of zeros
+        exponents = torch.frexp(largest).exponent + torch.frexp(squares.sqrt()).exponent - 1
         scale = power_of_two(exponents)
         self.scale = scale[:, :, None]  # D
-        norms = largest / scale * torch.where(squares > 0, squares, 1.0).sqrt()
+        norms = largest / scale * torch.where(self.empty, 1.0, squares).sqrt()
         whole = torch.where(self.empty, 0.0, norms * scale)
         largest = whole.amax(1, keepdim=True)
         self.frobenius = largest * norm((whole / torch.where(largest > 0, largest, 1.0))[:, :, None])
@@ -119,6 +127,24 @@ class System:
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
 
 
+def _column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    """(a (P, n), s (P, n)): the norms of the columns are a sqrt(s), where no square has under- or overflown."""
+    copies = len(sizes)
+    whole = sizes.amax(1, keepdim=True) if columns.shape[1] else sizes.new_zeros((copies, 1))
+    whole = whole if damp is None else torch.maximum(whole, damp)
+    whole = torch.where(whole == 0, 1.0, whole)
+    squares = sizes.new_zeros((copies, n)).scatter_add_(1, columns, (sizes / whole).square_())
+    squares = squares if damp is None else squares + (damp / whole).square()
+    if not bool((squares < 2.0**-900).any()):
+        return whole.expand(-1, n), squares
+    # Each in units of its own largest entry.
+    largest = sizes.new_zeros((copies, n)).scatter_reduce(1, columns, sizes, "amax")
+    largest = largest if damp is None else torch.maximum(largest, damp)
+    largest = torch.where(largest == 0, 1.0, largest)
+    squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
+    return largest, squares if damp is None else squares + (damp / largest).square()
+
+
 def power_of_two(exponents: Tensor) -> Tensor:
     """2^exponents in double precision, kept finite and normal."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents.clamp(-1021, 1023))
@@ -156,20 +182,16 @@ class Run(NamedTuple):
     iterations: Tensor
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Real column products: (P, rows, k) -> (P, k)."""
-    return torch.linalg.vecdot(x, y, dim=1).real
-
-
 def cgls(
     system: System,
     b: Tensor,
     c: Tensor,
     apply: Callable[[Tensor], Tensor],
-    converged: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    converged: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     *,
     limit: int,
     rises: int | None = None,
+    drop: bool = True,
     callback: Callable[[int, float], object] | None = None,
 ) -> Run:
     """Preconditioned conjugate gradients on A^H A y + d^2 y = A^H b - c, with r = b - A y updated recursively.
@@ -179,44 +201,82 @@ def cgls(
 
     Args:
         apply: the preconditioner, about (A^H A + d^2)^-1.
-        converged: (r, y, gradient, gamma) -> (P, k), the columns to stop at.
+        converged: (r, y, gradient, gamma, live) -> (P, live), the columns to stop at; `live` are the numbers of those
+            that the iterates hold.
         limit: iterations at most.
         rises: a column stops once gamma has risen so often. With b = 0, iterations that run on after rounding has
-            taken over blow up; the best iterate is what is returned.
+            taken over blow up; the best iterate is then what is returned, but for a factor of 100.
+        drop: whether finished columns leave the block.
     """
-    r, y = b.clone(), torch.zeros_like(c)
-    g = system.gradient(r, y, c)
-    z = apply(g)
+    given_c = c if bool(c.any()) else None
+    r, y, q, g = b.clone(), torch.zeros_like(c), torch.empty_like(b), torch.empty_like(c)
+
+    def gradient() -> Tensor:
+        system.A.adjoint(r, out=g)
+        if system.d2 is not None:
+            g.sub_(system.d2 * y)
+        return g if given_c is None else g.sub_(given_c)
+
+    z = apply(gradient())
     gamma = dot(g, z).clamp_min(0)
-    best, kept = gamma.clone(), (r.clone(), y.clone())
-    active, risen = gamma > 0, torch.zeros_like(gamma)
-    iterations, p = torch.zeros_like(gamma), z
+    best, kept_r, kept_y, kept_gamma = gamma, b, torch.zeros_like(c), gamma
+    active, risen, iterations, p = gamma > 0, torch.zeros_like(gamma), torch.zeros_like(gamma), z
+    live, done = torch.arange(b.shape[2], device=b.device), None
     for step in range(1, limit + 1):
-        if not bool(active.any()):
+        alive = active.any(0)
+        count = int(alive.sum())
+        if not count:
             break
-        q = system.A.matmul(p)
+        if drop and 2 * count <= len(live):
+            # What has finished goes where it will be found at the end, the others move together.
+            done = _put(done, live, _best(r, y, gamma, kept_r, kept_y, kept_gamma, iterations), b, c)
+            stay = alive.nonzero()[:, 0]
+            live, parts = live[stay], (r, y, q, g, p, gamma, best, kept_r, kept_y, kept_gamma, active, risen, iterations)
+            r, y, q, g, p, gamma, best, kept_r, kept_y, kept_gamma, active, risen, iterations = (
+                part.index_select(-1, stay) for part in parts
+            )
+            given_c = None if given_c is None else given_c.index_select(-1, stay)
+        system.A.matmul(p, out=q)
         curvature = dot(q, q) + (0 if system.d2 is None else dot(p, system.d2 * p))
         active = active & (curvature > 0)
         alpha = torch.where(active, gamma / curvature, 0.0)[:, None].to(b.dtype)
         y.addcmul_(alpha, p)
         r.addcmul_(alpha, q, value=-1)
-        g = system.gradient(r, y, c)
-        z = apply(g)
+        z = apply(gradient())
         new = torch.where(active, dot(g, z).clamp_min(0), gamma)
-        iterations += active
-        risen += new > gamma
-        # Only a marked improvement is worth a copy, so that slow convergence does not copy at every step.
-        better = active & (new < best / 4)
+        iterations = iterations + active
+        risen = risen + (new > gamma)
+        best = torch.where(active, torch.minimum(best, new), best)
+        # Only a marked improvement is worth a copy.
+        better = active & (new < 1e-4 * kept_gamma)
         if bool(better.any()):
-            kept = torch.where(better[:, None], r, kept[0]), torch.where(better[:, None], y, kept[1])
-            best = torch.where(better, new, best)
-        active = active & (new > 0) & ~converged(r, y, g, new) & (new < 1e20 * best)
+            kept_r, kept_y = torch.where(better[:, None], r, kept_r), torch.where(better[:, None], y, kept_y)
+            kept_gamma = torch.where(better, new, kept_gamma)
+        reached = active & converged(r, y, g, new, live)
+        # The gradient may rise on the way, so the best iterate is that of the smallest only where there was no end.
+        kept_gamma = torch.where(reached, torch.inf, kept_gamma)
+        active = active & (new > 0) & ~reached & (new < 1e20 * best)
         if rises is not None:
             active = active & (risen < rises)
-        p = z + torch.where(active, new / gamma, 0.0)[:, None] * p
+        p = torch.mul(p, torch.where(active, new / gamma, 0.0)[:, None], out=p).add_(z)
         gamma = new
         if callback is not None:
             callback(step, float(gamma.max().sqrt()))
-    worse = (gamma > best)[:, None]
-    r, y = torch.where(worse, kept[0], r), torch.where(worse, kept[1], y)
-    return Run(r, y, torch.minimum(gamma, best), iterations)
+    run = _best(r, y, gamma, kept_r, kept_y, kept_gamma, iterations)
+    return run if done is None else _put(done, live, run, b, c)
+
+
+def _best(r, y, gamma, kept_r, kept_y, kept_gamma, iterations) -> Run:
+    worse = gamma > kept_gamma
+    if bool(worse.any()):
+        r, y = torch.where(worse[:, None], kept_r, r), torch.where(worse[:, None], kept_y, y)
+    return Run(r, y, torch.minimum(gamma, kept_gamma), iterations)
+
+
+def _put(done: Run | None, live: Tensor, run: Run, b: Tensor, c: Tensor) -> Run:
+    """`run`, which holds the columns `live`, put into the run of all."""
+    if done is None:
+        return run
+    for whole, part in zip(done, run, strict=True):
+        whole[..., live] = part
+    return done
