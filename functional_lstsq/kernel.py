@@ -26,9 +26,10 @@ from .solvers.gram import full_matching
 from .solvers.system import System, norm, power_of_two
 from .transforms import define
 
-# Numbers in the right-hand sides that are solved for together. Many columns gain nothing from larger blocks, and lose
-# where temporaries are so large that the system hands out their memory anew each time.
+# Numbers in the right-hand sides that are solved for together. Larger blocks do not fit into a cache, and lose where
+# temporaries are so large that the system hands out their memory anew each time; a sparse factor gains more than that.
 _BLOCK = 2**21
+_FACTOR_BLOCK, _FACTOR_COLUMNS = 2**24, 32
 
 
 def _solve_kernel(
@@ -59,13 +60,13 @@ def _solve_kernel(
     if on_failure == "raise" and damp is None and not wanted.minimum_norm:
         _require_matching(pattern, wanted.wide)
     system, factors = keeper.prepare(wanted, values, damp, pattern)
-    width = max(4, _BLOCK // (copies * (m + n)))
-    blocks = [slice(start, start + width) for start in range(0, k, width)]
+    parts, start = [], 0
     with system.accepting_anything() if on_failure == "accept" else nullcontext():
-        parts = [
-            _solve_block(system, factors, b[:, :, part], c[:, :, part], None if primal is None else primal[:, :, part])
-            for part in blocks
-        ]
+        while start < k:
+            part = slice(start, start + _width(factors, copies * (m + n), k))
+            told = None if primal is None else primal[:, :, part]
+            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
+            start = part.stop
     r, x, report = parts[0]
     if len(parts) > 1:
         r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
@@ -80,6 +81,14 @@ def _solve_kernel(
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
     return r, x, torch.stack(list(report), 1)
+
+
+def _width(factors: Any, rows: int, columns: int) -> int:
+    """How many columns to solve for together; a solver that chooses a method is told how many there are in all."""
+    if hasattr(factors, "expect"):
+        factors = factors.expect(columns)
+    width, sparse = max(4, _BLOCK // rows), getattr(factors, "sparse_factor", False)
+    return max(width, min(_FACTOR_COLUMNS, _FACTOR_BLOCK // rows)) if sparse else width
 
 
 def _solve_block(

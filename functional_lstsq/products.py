@@ -34,6 +34,8 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, check_invariants=False)
 
+_GRAM_ENTRIES = 2**24
+
 
 class Operator:
     """P matrices on one pattern with their values gathered into both orientations, for repeated products.
@@ -93,11 +95,23 @@ class Operator:
         n = self.n
         if not self.pattern.nnz:
             return self.values.new_zeros((self.copies, n, n))
-        product = self.columns @ self.rows
         dense = self.values.new_zeros((self.copies * n, n))
-        counts = product.crow_indices().diff()
-        rows = torch.repeat_interleave(torch.arange(self.copies * n, device=self.device), counts)
-        dense[rows, product.col_indices() % max(n, 1)] = product.values()
+        pointers, indices, values = self.columns.crow_indices(), self.columns.col_indices(), self.columns.values()
+        # Some rows at a time, since sparse products take several times the memory of a dense one.
+        height = max(1, _GRAM_ENTRIES // n)
+        for top in range(0, self.copies * n, height):
+            bottom = min(top + height, self.copies * n)
+            first, last = pointers[[top, bottom]].tolist()
+            part = torch.sparse_csr_tensor(
+                pointers[top : bottom + 1] - first,
+                indices[first:last],
+                values[first:last],
+                (bottom - top, self.columns.shape[1]),
+                check_invariants=False,
+            )
+            product = part @ self.rows
+            rows = torch.repeat_interleave(product.crow_indices().diff())
+            dense[top + rows, product.col_indices() % n] = product.values()
         return dense.view(self.copies, n, n)
 
     def absolute(self) -> Operator:

@@ -6,8 +6,8 @@ import torch
 from helpers import SOLVERS, close, problem, through_pinv, with_singular_values
 
 import functional_lstsq as fl
-from functional_lstsq.solvers import gram
-from functional_lstsq.solvers.auto import _Chain
+from functional_lstsq.solvers import auto, gram
+from functional_lstsq.solvers.auto import _Chain, _Step
 
 
 def test_cgls_says_when_it_runs_out():
@@ -202,8 +202,8 @@ def test_the_default_moves_on_and_says_so():
     assert fl.solve(A, b).info.tried == "Dense (few columns)"
     assert fl.solve(A, b, solver=fl.Auto(dense_columns=1, dense_bytes=1)).info.method.startswith("direct")
     poor, pattern = with_singular_values(np.logspace(0, -9, 12), 30)
-    auto = _Planned([(fl.CGLS(), "first"), (fl.Direct(), "second")])
-    solution = fl.solve(fl.SparseMatrix(poor.reshape(-1), pattern), torch.ones(30, dtype=torch.float64), solver=auto)
+    planned = _Planned((_Step(fl.CGLS(), "first"), _Step(fl.Direct(), "second")))
+    solution = fl.solve(fl.SparseMatrix(poor.reshape(-1), pattern), torch.ones(30, dtype=torch.float64), solver=planned)
     assert solution.info.method.startswith("direct")
     assert solution.info.tried == "CGLS (first): inaccurate, Direct (second)"
 
@@ -215,7 +215,7 @@ class _Planned:
         self.plan = plan
 
     def prepare(self, system, *, minimum_norm):
-        return _Chain(self.plan, system, minimum_norm)
+        return _Chain(iter(self.plan), system, minimum_norm)
 
 
 def test_info_tells_of_the_norm_and_of_the_last_derivative():
@@ -252,3 +252,23 @@ def test_full_rank_that_hangs_on_a_row_left_out_of_the_factor(weight, monkeypatc
     assert float((solution.x - x).norm() / x.norm()) < 1e-11
     default = fl.solve(D.to_sparse_coo(), b, solver=fl.Auto(dense_columns=1))
     assert float((default.x - x).norm() / x.norm()) < 1e-11
+
+
+def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypatch):
+    """A random matrix needs few iterations; a path needs about as many as it has steps."""
+    monkeypatch.setattr(auto, "_PATIENCE", 0)
+    monkeypatch.setattr(auto, "_ORDERED", 1e3)
+    pattern, values, b = problem(2000, 500)
+    default = fl.Auto(dense_columns=1, dense_bytes=1)
+    found = fl.solve(fl.SparseMatrix(values, pattern), b, solver=default)
+    assert found.info.tried == "CGLS (a factor costs more)"
+    n, calls = 3000, []
+    rows, columns = torch.arange(n).repeat(2), torch.cat([torch.arange(n), torch.arange(1, n + 1) % n])
+    pattern = fl.SparsePattern(torch.stack([rows, columns]), (n, n))
+    A = fl.SparseMatrix(torch.cat([torch.ones(n), -0.999 * torch.ones(n)]).double(), pattern)
+    truth = torch.arange(n, dtype=torch.float64).sin()
+    watched = fl.Auto(dense_columns=1, dense_bytes=1, cgls=fl.CGLS(callback=lambda step, size: calls.append(step)))
+    found = fl.solve(A, A @ truth, solver=watched)
+    assert found.info.tried == "CGLS (a factor costs more): iteration limit reached, Direct (a factor costs less)"
+    assert len(calls) < n / 4
+    close(found.x, truth, 1e-10)

@@ -7,25 +7,34 @@ against the cost of iterating; nothing is started that would not fit into memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, method_code
-from .cgls import CGLS
+from .cgls import CGLS, Iteration
 from .dense import Dense
 from .direct import Direct, TooLarge, analyse
+from .gram import available_bytes
 from .system import System, check_number
 
-_DENSE_LIMIT = 3200  # columns of a dense factor that are still tolerable where nothing else has succeeded
+_QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
 # Rough speeds on two cores; they decide an order and never an answer.
-_FLOPS = 1e10  # operations a second in a factor
+_FLOPS = 2e10  # operations a second in a factor
 _PRODUCTS = 1e8  # multiplications a second in a sparse product of matrices
 _ORDERED = 1e6  # entries a second in an ordering
 _BYTES = 8e9  # bytes a second in a sparse product with vectors
-_PATIENCE = 2000  # iterations whose time a factor may take before iterating is tried first
+_CALLS = 2e-4  # seconds of an iteration on small problems
+_PATIENCE = 150  # iterations whose time a factor must take for iterating to be tried before it
+_SOLVE = 2.2  # times the iterations that find a known solution, in a solve
+_FEW = 15  # of these iterations, at least
+_FACTORED = 4  # iterations that take as long as a solve with a factor
+_OVER = 2  # how much dearer than a factor an iteration for many columns must be to be left for it
 
 
 @dataclass(frozen=True)
@@ -34,18 +43,18 @@ class Auto:
 
     Args:
         dense_columns: largest smaller dimension of A that is factored densely.
-        dense_bytes: largest memory for the dense factors of a batch.
+        dense_bytes: largest memory for the dense factors of a batch; None for half of what is available.
         cgls, direct: settings of these methods, where they are chosen.
     """
 
     dense_columns: int = 500
-    dense_bytes: int = 2**31
+    dense_bytes: float | None = None
     cgls: CGLS = field(default_factory=CGLS)
     direct: Direct = field(default_factory=Direct)
 
     def __post_init__(self):
         check_number("dense_columns", self.dense_columns)
-        check_number("dense_bytes", self.dense_bytes)
+        check_number("dense_bytes", self.dense_bytes, optional=True)
         for name, kind in (("cgls", CGLS), ("direct", Direct)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}(...), got {getattr(self, name)!r}")
@@ -54,72 +63,136 @@ class Auto:
         """Choose methods; the first is prepared when it is first needed."""
         return _Chain(self.plan(system), system, minimum_norm)
 
-    def plan(self, system: System) -> list[tuple[Any, str]]:
-        """Methods in the order to try them, each with the reason for its place."""
+    def plan(self, system: System) -> Iterator[_Step]:
+        """Methods in the order to try them; what is not asked for is not thought about."""
         n, copies = system.n, system.copies
-        dense_fits = 3 * copies * n**2 * system.A.values.element_size() <= self.dense_bytes
+        room = self.dense_bytes or available_bytes() / 2
+        dense_fits = 3 * copies * n**2 * system.A.values.element_size() <= room
         if n <= self.dense_columns and dense_fits:
-            return [(Dense(), "few columns")]
-        few = n <= _DENSE_LIMIT and dense_fits
-        last = [(Dense(), "last resort")] if few else []
+            yield _Step(Dense(), "few columns")
+            return
         analysis = analyse(system)
-        iteration = 24 * copies * analysis.pattern.nnz / _BYTES + 1e-4
-        room = self.direct.room
-        if analysis.bytes_before > room:
-            return [(self.cgls, "A^H A would not fit into memory"), *last]
-        before = copies * analysis.products / _PRODUCTS + min(analysis.products, n**2) / _ORDERED
-        if few or before <= _PATIENCE * iteration:
-            if few and analysis.fill > n**2 / 4:  # half of what there is to fill
-                quick = Dense(orthogonal=False)
-                return [(quick, "a factor would be dense"), (self.direct, "ill-conditioned"), *last]
-            flops, size = analysis.predicted
-            if copies * size > room:
-                return [(self.cgls, "a factor would not fit into memory"), *last]
-            before += copies * flops / _FLOPS
-            if few or before <= _PATIENCE * iteration:
-                return [(self.direct, "a factor costs little"), (self.cgls, "no factor"), *last]
-        limit = min(self.cgls.max_iterations, int(before / iteration))
-        short = replace(self.cgls, max_iterations=limit)
-        return [(short, "a factor costs much"), (self.direct, "iterating costs more"), (self.cgls, "no factor"), *last]
+        iteration = (24 * analysis.pattern.nnz + 64 * (system.m + n)) * copies / _BYTES
+        products = copies * analysis.products / _PRODUCTS
+        dense = products + copies * n**3 / 3 / _FLOPS if dense_fits else math.inf
+        sparse_fits = analysis.bytes_before <= self.direct.room
+        sparse = products + min(analysis.products, n**2) / _ORDERED if sparse_fits else math.inf
+        factor, tried, why = min(dense, sparse), 0.0, "A^H A would not fit into memory"
+        if _PATIENCE * (iteration + _CALLS) < factor < math.inf:
+            yield _Step(_Tentative(self.cgls, factor / (iteration + _CALLS)), "a factor costs more", iteration, factor)
+            tried = factor
+        choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
+        if sparse_fits:
+            if not (dense_fits and analysis.fill > n**2 / 4):  # half of what there is to fill
+                flops, size = analysis.predicted
+                sparse += copies * flops / _FLOPS
+                fits = copies * size <= self.direct.room
+                choice, why = (self.direct, "") if fits else (choice, "a factor would not fit into memory")
+            factor = dense if isinstance(choice, Dense) else sparse
+        if choice is not None:
+            if tried and factor > 4 * tried:
+                patience = factor / (iteration + _CALLS)
+                yield _Step(_Tentative(self.cgls, patience), "a factor costs much more", iteration, factor)
+            yield _Step(choice, "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less")
+            if isinstance(choice, Dense) and sparse_fits:
+                yield _Step(self.direct, "ill-conditioned")
+        yield _Step(self.cgls, why or "no factor")
+        if n <= _QR_LIMIT and dense_fits:
+            yield _Step(Dense(), "last resort")
+
+
+@dataclass(frozen=True)
+class _Tentative:
+    """`CGLS` that gives up when its errors promise more iterations than `patience`."""
+
+    cgls: CGLS
+    patience: float
+
+    def prepare(self, system: System, *, minimum_norm: bool) -> Iteration:
+        return Iteration(self.cgls, system, self.patience)
+
+
+class _Step(NamedTuple):
+    """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take."""
+
+    solver: Any
+    reason: str
+    iteration: float = 0.0
+    factor: float = math.inf
+
+    @property
+    def name(self) -> str:
+        return "CGLS" if isinstance(self.solver, _Tentative) else type(self.solver).__name__
+
+    def too_dear(self, prepared: Any, columns: int) -> bool:
+        """Whether so many right-hand sides are better left to a factor, by the iterations that are known of."""
+        if self.factor == math.inf:
+            return False
+        iterations = _FEW if prepared is None else float(prepared.iterations.max())
+        seconds = _SOLVE * iterations * columns * self.iteration / 2
+        return seconds > _OVER * (self.factor + _FACTORED * columns * self.iteration)
 
 
 class _Chain:
     """Solves by the first method whose answer is accepted; starts with the one that was, last time."""
 
-    def __init__(self, plan: list[tuple[Any, str]], system: System, minimum_norm: bool):
+    def __init__(self, plan: Iterator[_Step], system: System, minimum_norm: bool):
         self.plan, self.system, self.minimum_norm = plan, system, minimum_norm
+        self.steps: list[_Step] = []
         self.prepared: dict[int, Any] = {}
         self.failures: dict[int, str] = {}
-        self.first = 0
+        self.first, self.columns = 0, 1
+
+    def expect(self, columns: int) -> Any:
+        """Note how many right-hand sides there will be, and give what will solve for them as far as that is known."""
+        self.columns = columns
+        step = self._step(self.first)
+        if step is not None and step.too_dear(self.prepared.get(self.first), columns):
+            step = self._step(self.first + 1)
+        return self.prepared.get(self.first, step.solver if step else None)
 
     def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns."""
         best = None
-        for index in range(self.first, len(self.plan)):
-            solver, reason = self.plan[index]
-            name = type(solver).__name__
+        for index in itertools.count(self.first):
+            step = self._step(index)
+            if step is None:
+                break
+            said = f"{step.name} ({step.reason})"
             try:
-                if index not in self.prepared:
+                if index not in self.prepared and not step.too_dear(None, self.columns):
                     self.prepared = {}  # one factor at a time
-                    self.prepared[index] = solver.prepare(self.system, minimum_norm=self.minimum_norm)
+                    self.prepared[index] = step.solver.prepare(self.system, minimum_norm=self.minimum_norm)
+                if step.too_dear(self.prepared.get(index), self.columns):
+                    self.failures[index] = f"{said}: many right-hand sides"
+                    self.first = index + 1
+                    continue
                 r, y, answer = self.prepared[index].solve(b, c)
             except (torch.linalg.LinAlgError, MemoryError) as error:
-                if best is None and index == len(self.plan) - 1:
+                if best is None and self._step(index + 1) is None:
                     raise
-                self.failures[index] = f"{name} ({reason}): {'too large' if isinstance(error, TooLarge) else 'failed'}"
+                self.failures[index] = f"{said}: {'too large' if isinstance(error, TooLarge) else 'failed'}"
                 continue
             settled = _settled(answer)
             done = bool(settled.all())
             worst = "" if done else STATUSES[int(answer.status[~settled].max())]
-            tried = [self.failures[i] for i in sorted(self.failures) if i < index] + [f"{name} ({reason})"]
+            tried = [self.failures[i] for i in sorted(self.failures) if i < index] + [said]
             answer = answer._replace(tried=torch.full_like(answer.status, method_code(", ".join(tried))))
             best = (r, y, answer) if best is None else _better(best, (r, y, answer))
             if done:
                 self.first = index
                 break
-            self.failures[index] = f"{name} ({reason}): {worst}"
+            self.failures[index] = f"{said}: {worst}"
         assert best is not None
         return best
+
+    def _step(self, index: int) -> _Step | None:
+        while len(self.steps) <= index:
+            step = next(self.plan, None)
+            if step is None:
+                return None
+            self.steps.append(step)
+        return self.steps[index]
 
     def dependent(self, p: int) -> list[int]:
         """Some columns that take part in a dependence, where the method that was used last knows."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..products import Operator
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
 from .refine import refine, report
-from .system import EPS, Run, System, cgls, check_number, noise, norm
+from .system import Normal, Run, System, cgls, check_number, noise, norm
 
 _CONTRACTION = 0.05  # of corrections after the first solve
 # Products in single precision take half the time where memory bounds them; corrections by them are right to some digits
@@ -59,10 +59,10 @@ class CGLS:
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
 
-    def prepare(self, system: System, *, minimum_norm: bool) -> _Prepared:
+    def prepare(self, system: System, *, minimum_norm: bool) -> Iteration:
         """Find the extreme singular values of `system`; the result solves for any right-hand side."""
         system.accept = self.accept or max(system.accept, 10 * (self.tolerance or 0))
-        return _Prepared(self, system)
+        return Iteration(self, system)
 
 
 class _Single(NamedTuple):
@@ -77,7 +77,13 @@ class _Single(NamedTuple):
         return cls(Operator(A.pattern, A.values.to(dtype)), None if system.d2 is None else system.d2.float())
 
 
-class _Prepared:
+class Iteration:
+    """CGLS for one system, with the extreme singular values that certify its answers.
+
+    Args:
+        patience: iterations for a solve and its derivative above which it gives up, as soon as it expects them.
+    """
+
     def __init__(self, settings: CGLS, system: System, patience: float = float("inf")):
         self.settings, self.system, self.patience = settings, system, patience
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
@@ -99,7 +105,8 @@ class _Prepared:
         if self.single is not None:
             known = self._find(self.single, known)
             if not bool((self.largest < _SINGLE_CONDITION * self.smallest).all()):
-                self.single = None
+                self.single = None  # rounding may have made the smallest too small
+                self.smallest = torch.full_like(self.smallest, torch.inf)
         if self._missed(known).any():  # not found in single precision, if that was tried
             known = self._find(system, known)
         smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
@@ -114,7 +121,7 @@ class _Prepared:
         # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
         return norm(self.system.norms * left) > 1e-3 / self.system.n**0.5 * self.whole
 
-    def _find(self, target: System | _Single, known: Tensor) -> Tensor:
+    def _find(self, target: Normal, known: Tensor) -> Tensor:
         """What is left of `known` when it has been solved for; notes extreme singular values on the way."""
         system, real = self.system, target.A.values.real.dtype
         size = known.abs().amax(1, keepdim=True)  # single precision has a small range
@@ -122,10 +129,12 @@ class _Prepared:
         b = target.A.matmul(wanted)
         c = torch.zeros_like(wanted) if target.d2 is None else -target.d2 * wanted
         whole, inverse = self.whole / size[:, 0], norms.square().reciprocal()
-        self.smallest = torch.minimum(self.smallest, torch.where(whole > 0, norm(b) / whole, torch.inf).to(torch.float64))
+        at_first = norm(norms * wanted)
+        ratio = torch.where(at_first > 0, norm(b) / at_first, torch.inf)
+        self.smallest = torch.minimum(self.smallest, ratio.to(torch.float64))
         threshold, errors = 1e-3 / system.n**0.5, []
         # Below it is rounding: in single precision, of nothing; in double precision, of a matrix without full rank.
-        floor = 0.0 if target is system else 30 * torch.finfo(real).eps * norm(b)
+        floor = 0.0 if target is system else 100 * torch.finfo(real).eps * norm(b)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             missing = wanted - y
@@ -220,7 +229,7 @@ class _Prepared:
         """Why a matrix failed, before any right-hand side was seen."""
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
 
-    def _run(self, system: System | _Single, b: Tensor, c: Tensor, tolerance: float) -> Run:
+    def _run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float) -> Run:
         # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The
         # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
         norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)

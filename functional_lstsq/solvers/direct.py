@@ -54,6 +54,7 @@ class Direct:
 
     accept: float | None = None
     memory: float | None = None
+    sparse_factor = True
 
     def __post_init__(self):
         check_number("accept", self.accept, optional=True)
@@ -92,6 +93,8 @@ def analyse(system: System) -> GramAnalysis:
 
 
 class _Factors(Factored):
+    sparse_factor = True
+
     def __init__(self, system: System, analysis: GramAnalysis, minimum_norm: bool):
         super().__init__(system, minimum_norm)
         code, device = method_code(method_name()), system.A.device

@@ -113,7 +113,8 @@ class Factored:
         """K^-1 (b, c) by the factor alone."""
         g = self.system.gradient(b, torch.zeros_like(c), c)
         y = self.apply(g)
-        return Run(b - self.system.A.matmul(y), y, dot(g, y), torch.ones_like(dot(g, y)))
+        r, gamma = self.system.A.matmul(y), dot(g, y)
+        return Run(torch.sub(b, r, out=r), y, gamma, torch.ones_like(gamma))
 
     def _iterate(self, b: Tensor, c: Tensor) -> Run:
         """K^-1 (b, c) to three digits."""

@@ -28,6 +28,7 @@ except ImportError:  # no wheel for this platform
 _HEAVY = 128  # rows at most that are left out of A^H A for having many entries
 _HEAVY_ROW = 100  # entries at least of such a row
 _HEAVY_WORK = 1e7  # multiplications of heavy rows that can be afforded
+_ENTRY_BYTES = 80  # that an entry of A^H A takes while its order is found
 _FAST_ORDERING = 2e9  # operations of a factor above which a slower, better ordering is tried
 
 
@@ -56,7 +57,7 @@ class GramAnalysis:
     @property
     def bytes_before(self) -> int:
         """A bound on what A^H A itself takes, known before it is formed."""
-        return 24 * min(self.products, self.n**2)
+        return _ENTRY_BYTES * min(self.products, self.n**2)
 
     @cached_property
     def light(self) -> SparsePattern:
@@ -120,7 +121,7 @@ class GramAnalysis:
     def _symbolic(self) -> Any:
         _, _, starts, i, _, _ = self._layout
         lower = csc_matrix((np.ones(len(i)), i, starts), shape=(self.size, self.size))
-        analysis = rslab.analyze(lower, path="ldlt", ordering="amd")
+        analysis = rslab.analyze(lower, path="ldlt", ordering="amf")
         if analysis.estimate_memory()["factor_flops"] > _FAST_ORDERING:
             other = rslab.analyze(lower, path="ldlt", ordering="metis")
             if other.estimate_memory()["factor_flops"] < analysis.estimate_memory()["factor_flops"]:

@@ -170,8 +170,8 @@ def _iterate(
             rate = relative / measure.relative(previous, whole)
         else:
             rate = measure.relative(moves, before) if first_is_all else torch.ones_like(relative)
-        # The first correction with exact residuals meets the errors that plain ones left, and its own rounding errors are
-        # in proportion: the second may be as large. From then on corrections shrink or are the last.
+        # The first correction with exact residuals meets the errors that plain ones left, and rounds in proportion: the
+        # second may be as large. From then on corrections shrink or are the last.
         second = step == 1 and not first_is_all
         better = active & ((rate < (10 if second else 1)) | (relative == 0) if step else torch.isfinite(relative))
         r, y = next_r.where(better[:, None], r), next_y.where(better[:, None], y)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -116,7 +116,8 @@ class System:
 
     def residuals(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """t - K s"""
-        return b - r - self.A.matmul(y), -self.gradient(r, y, c)
+        reached = self.A.matmul(y).add_(r)
+        return torch.sub(b, reached, out=reached), -self.gradient(r, y, c)
 
     def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Two samples, side by side, of errors as large as the rounding errors in `residuals`, entry by entry."""
@@ -182,8 +183,18 @@ class Run(NamedTuple):
     iterations: Tensor
 
 
+class Normal(Protocol):
+    """What conjugate gradients need of a system: the matrix, and d^2 or None."""
+
+    @property
+    def A(self) -> Operator: ...
+
+    @property
+    def d2(self) -> Tensor | None: ...
+
+
 def cgls(
-    system: System,
+    system: Normal,
     b: Tensor,
     c: Tensor,
     apply: Callable[[Tensor], Tensor],
@@ -231,10 +242,10 @@ def cgls(
             # What has finished goes where it will be found at the end, the others move together.
             done = _put(done, live, _best(r, y, gamma, kept_r, kept_y, kept_gamma, iterations), b, c)
             stay = alive.nonzero()[:, 0]
-            live, parts = live[stay], (r, y, q, g, p, gamma, best, kept_r, kept_y, kept_gamma, active, risen, iterations)
-            r, y, q, g, p, gamma, best, kept_r, kept_y, kept_gamma, active, risen, iterations = (
-                part.index_select(-1, stay) for part in parts
-            )
+            live = live[stay]
+            r, y, q, g, p, kept_r, kept_y = (t.index_select(-1, stay) for t in (r, y, q, g, p, kept_r, kept_y))
+            gamma, best, kept_gamma = (t.index_select(-1, stay) for t in (gamma, best, kept_gamma))
+            active, risen, iterations = (t.index_select(-1, stay) for t in (active, risen, iterations))
             given_c = None if given_c is None else given_c.index_select(-1, stay)
         system.A.matmul(p, out=q)
         curvature = dot(q, q) + (0 if system.d2 is None else dot(p, system.d2 * p))
