@@ -20,7 +20,7 @@ of A that keep its rank (Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, eq
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ from .transforms import (
 )
 
 
-class Static(NamedTuple):
+# Not a tuple, which torch.func would take apart at every call.
+@dataclass(frozen=True)
+class Static:
     m: int
     n: int
     settings: int
@@ -50,16 +52,15 @@ class Static(NamedTuple):
 
     def derivative(self) -> Static:
         """For the solves of a rule: what failed under throw=False has NaN for a derivative."""
-        return self if self.on_failure == "raise" else self._replace(on_failure="nan")
+        return self if self.on_failure == "raise" else replace(self, on_failure="nan")
 
 
 class Solve(Primitive):
     @classmethod
     def forward(cls, static: Static, values, damp, b, c, primal, indices):
-        m, n, settings, on_failure, holder = static
-        key = 0 if is_traced(values) else holder.key
+        key = 0 if is_traced(values) else static.holder.key
         tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, primal)]
-        return solve_kernel(*tensors, indices, m, n, settings, key, on_failure)
+        return solve_kernel(*tensors, indices, static.m, static.n, static.settings, key, static.on_failure)
 
     @classmethod
     def setup_context(cls, ctx, inputs, output):
@@ -73,7 +74,7 @@ class Solve(Primitive):
         r_bar, x_bar, _ = cotangents
         if r_bar is None and x_bar is None:
             return (None,) * 6
-        static, (m, n) = static.derivative(), static[:2]
+        static, m, n = static.derivative(), static.m, static.n
         primal, minimum_norm = None, by_number[static.settings].minimum_norm
         if needed[0] and report.shape[1]:  # which a given solver does not fill in
             # l_x may serve the gradient by the values alone.
@@ -101,7 +102,7 @@ class Solve(Primitive):
         values, damp, _, c, _, indices = inputs
         r, x, report = outputs
         values_dot, damp_dot, b_dot, c_dot, _, _ = tangents
-        static, (m, n) = static.derivative(), static[:2]
+        static, m, n = static.derivative(), static.m, static.n
         beyond = None
         if values_dot is not None:
             b_dot = _minus(b_dot, multiply(values_dot, x, indices, m, n, False))
@@ -159,7 +160,7 @@ def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tenso
     if not is_traced(values) and not bool(concrete(deficient).any()):
         return torch.zeros_like(once)
     # The solution of this solve is rounding, which no relative error can be asked of.
-    again_r, again_x, _ = Solve.apply(static._replace(on_failure="accept"), values, damp, None, once, None, indices)
+    again_r, again_x, _ = Solve.apply(replace(static, on_failure="accept"), values, damp, None, once, None, indices)
     return torch.where(deficient, leftover(again_r, again_x, once), 0.0)
 
 

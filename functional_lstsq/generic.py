@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,8 +90,6 @@ def _solve_as_given(A: Tensor, B: Tensor, lstsq: Solver, transpose_lstsq: Solver
 
 @dataclass
 class _Given:
-    """Not a NamedTuple: torch.func would look into it and find a sparse tensor."""
-
     A: Tensor
     lstsq: Solver
     transpose_lstsq: Solver
@@ -111,7 +109,8 @@ class _Given:
         return result.detach().reshape(rows, k)
 
 
-class _Static(NamedTuple):
+@dataclass(frozen=True)
+class _Static:
     m: int
     n: int
     settings: int
@@ -127,7 +126,7 @@ class _SolveAsGiven(Solve):
 
     @classmethod
     def forward(cls, static, values, damp, b, c, primal, indices):
-        m, n, _, _, given = static
+        m, n, given = static.m, static.n, static.given
         if values.shape[0] != 1:
             raise RuntimeError("a batch of matrices cannot go to a given solver; leave lstsq and transpose_lstsq out")
         zero = values.new_zeros((m, (b if b is not None else c).shape[2]))

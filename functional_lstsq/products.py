@@ -12,8 +12,8 @@ Both are bilinear, and each is the derivative of the other:
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class Operator:
         n = self.n
         if not self.pattern.nnz:
             return self.values.new_zeros((self.copies, n, n))
+        if self.copies * self.m * n <= _GRAM_ENTRIES // 4:
+            A = self.dense()
+            return A.mH @ A
         dense = self.values.new_zeros((self.copies * n, n))
         pointers, indices, values = self.columns.crow_indices(), self.columns.col_indices(), self.columns.values()
         # Some rows at a time, since sparse products take several times the memory of a dense one.
@@ -113,6 +116,13 @@ class Operator:
             rows = torch.repeat_interleave(product.crow_indices().diff())
             dense[top + rows, product.col_indices() % n] = product.values()
         return dense.view(self.copies, n, n)
+
+    def dense(self) -> Tensor:
+        """A as a dense tensor (P, m, n), for matrices that are small."""
+        rows, columns = self.pattern.indices
+        places = (rows * self.n + columns).expand(self.copies, -1)
+        flat = self.values.new_zeros((self.copies, self.m * self.n)).scatter_(1, places, self.values)
+        return flat.view(self.copies, self.m, self.n)
 
     def absolute(self) -> Operator:
         """The operator of the absolute values."""
@@ -176,7 +186,9 @@ _sample = define(
 )
 
 
-class _Shape(NamedTuple):
+# Not a tuple, which torch.func would take apart at every call.
+@dataclass(frozen=True)
+class _Shape:
     m: int
     n: int
     adjoint: bool = False
@@ -185,11 +197,11 @@ class _Shape(NamedTuple):
 class _Multiply(Primitive):
     @classmethod
     def forward(cls, static: _Shape, values: Tensor, X: Tensor, indices: Tensor) -> Tensor:
-        return _multiply(values.contiguous(), X.contiguous(), indices, *static)
+        return _multiply(values.contiguous(), X.contiguous(), indices, static.m, static.n, static.adjoint)
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        (values, X, indices), (bar,), (m, n, adjoint) = inputs, cotangents, static
+        (values, X, indices), (bar,), m, n, adjoint = inputs, cotangents, static.m, static.n, static.adjoint
         values_bar = X_bar = None
         if needed[0]:
             left, right = (X, bar) if adjoint else (bar, X)
@@ -203,9 +215,9 @@ class _Multiply(Primitive):
         (values, X, indices), (values_dot, X_dot, _) = inputs, tangents
         terms = []
         if values_dot is not None:
-            terms.append(multiply(values_dot, X, indices, *static))
+            terms.append(multiply(values_dot, X, indices, static.m, static.n, static.adjoint))
         if X_dot is not None:
-            terms.append(multiply(values, X_dot, indices, *static))
+            terms.append(multiply(values, X_dot, indices, static.m, static.n, static.adjoint))
         return sum(terms[1:], terms[0])
 
     @classmethod
@@ -213,9 +225,11 @@ class _Multiply(Primitive):
         _, of_values, of_X, _ = in_dims
         size = info.batch_size
         if of_values is None:
-            return split_columns(multiply(values, join_columns(X, of_X, size), indices, *static), size), 2
+            return split_columns(
+                multiply(values, join_columns(X, of_X, size), indices, static.m, static.n, static.adjoint), size
+            ), 2
         values, X = join_matrices(values, of_values, size), join_matrices(X, of_X, size)
-        return split_matrices(multiply(values, X, indices, *static), size), 0
+        return split_matrices(multiply(values, X, indices, static.m, static.n, static.adjoint), size), 0
 
 
 class _Sample(Primitive):
@@ -225,14 +239,14 @@ class _Sample(Primitive):
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        (U, W, indices), (bar,), (m, n, _) = inputs, cotangents, static
+        (U, W, indices), (bar,), m, n = inputs, cotangents, static.m, static.n
         U_bar = multiply(bar, W, indices, m, n, False) if needed[0] else None
         W_bar = multiply(bar, U, indices, m, n, True) if needed[1] else None
         return U_bar, W_bar, None
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
-        (U, W, indices), (U_dot, W_dot, _), (m, n, _) = inputs, tangents, static
+        (U, W, indices), (U_dot, W_dot, _), m, n = inputs, tangents, static.m, static.n
         terms = []
         if U_dot is not None:
             terms.append(sample(U_dot, W, indices, m, n))

@@ -21,6 +21,7 @@ from .system import System, check_number
 # Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
 _CHOLESKY_CONDITION = 1e6
 _BLOCK = 2**24  # entries of a dense block of rows
+_SQUARED = 128  # columns up to which a few products of matrices take less time than power iterations
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ class _Factors(Factored):
         if system.d2 is not None:
             gram.diagonal(dim1=1, dim2=2).add_(system.d2[:, :, 0])
         self.L, failures = torch.linalg.cholesky_ex(gram)
-        self.largest = power(lambda v: gram @ v, system).sqrt()
-        self.smallest = power(lambda v: torch.cholesky_solve(v, self.L), system).rsqrt()
+        if system.n <= _SQUARED:
+            eye = torch.eye(system.n, dtype=gram.dtype, device=gram.device).expand_as(gram)
+            inverse = torch.linalg.solve_triangular(self.L, eye, upper=False)
+            self.largest, self.smallest = _largest(gram).sqrt(), _largest(inverse @ inverse.mH).rsqrt()
+        else:
+            self.largest = power(lambda v: gram @ v, system).sqrt()
+            self.smallest = power(lambda v: torch.cholesky_solve(v, self.L), system).rsqrt()
         doubtful = (failures != 0) | ~(self.largest[:, 0] < _CHOLESKY_CONDITION * self.smallest[:, 0])
         self.rank = torch.full_like(self.largest, system.n)
         self.inverse: Tensor | None = None
@@ -103,6 +109,12 @@ class _Factors(Factored):
         if self.inverse is None:
             return torch.cholesky_solve(g, self.L)
         return self.inverse @ (self.inverse.mH @ g)
+
+
+def _largest(M: Tensor) -> Tensor:
+    """The largest eigenvalue (P, 1) of positive definite M (P, n, n), too large by n^(1/8) at most: |M^4|_F^(1/4)."""
+    M = M @ M
+    return torch.linalg.matrix_norm(M @ M)[:, None] ** 0.25
 
 
 def _triangle(system: System, which: Tensor) -> Tensor:

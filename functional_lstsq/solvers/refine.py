@@ -17,6 +17,7 @@ from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
 from .extended import EPS_EXTENDED, Pair, Single
 from .system import EPS, Run, System, norm
 
+_TINY = torch.finfo(torch.float64).tiny
 Number = TypeVar("Number", Single, Pair)
 
 
@@ -258,4 +259,4 @@ def report(
 
 
 def _ratio(size: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(size == 0, 0.0, size / whole)  # NaN stays NaN, which nothing accepts
+    return size / whole.clamp_min(_TINY)  # NaN stays NaN, which nothing accepts; nothing is 0 of nothing
