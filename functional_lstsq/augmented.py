@@ -57,9 +57,9 @@ class Static:
 
 class Solve(Primitive):
     @classmethod
-    def forward(cls, static: Static, values, damp, b, c, primal, indices):
+    def forward(cls, static: Static, values, damp, b, c, known, indices):
         key = 0 if is_traced(values) else static.holder.key
-        tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, primal)]
+        tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, known)]
         return solve_kernel(*tensors, indices, static.m, static.n, static.settings, key, static.on_failure)
 
     @classmethod
@@ -126,15 +126,15 @@ class Solve(Primitive):
         return r_dot, x_dot, None
 
     @classmethod
-    def vmap(cls, info, in_dims, static, values, damp, b, c, primal, indices):
-        _, of_values, of_damp, of_b, of_c, of_primal, _ = in_dims
+    def vmap(cls, info, in_dims, static, values, damp, b, c, known, indices):
+        _, of_values, of_damp, of_b, of_c, of_known, _ = in_dims
         size = info.batch_size
         if of_values is None and of_damp is None:
             b, c = join_columns(b, of_b, size), join_columns(c, of_c, size)
-            outputs = cls.apply(static, values, damp, b, c, join_columns(primal, of_primal, size), indices)
+            outputs = cls.apply(static, values, damp, b, c, join_columns(known, of_known, size), indices)
             return tuple(split_columns(output, size) for output in outputs), (2, 2, 2)
-        dims = (of_values, of_damp, of_b, of_c, of_primal)
-        joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c, primal), dims, strict=True)]
+        dims = (of_values, of_damp, of_b, of_c, of_known)
+        joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c, known), dims, strict=True)]
         outputs = cls.apply(static, *joined, indices)
         return tuple(split_matrices(output, size) for output in outputs), (0, 0, 0)
 
@@ -175,6 +175,7 @@ def solve_augmented(
     n: int,
     settings: int,
     on_failure: str,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, c): (P, m, k), (P, n, k) and (P, 8, k), the fields of `Report`.
 
@@ -182,6 +183,7 @@ def solve_augmented(
         values: (P, nnz), m x n matrices with m >= n on the pattern of `indices`.
         damp: (P,) or None; b: (P, m, k) or None for zero; c: (P, n, k) or None for zero.
         settings: the number of a `Settings`.
+        start: (P, n, k), about x, for methods that can make use of it; no derivative flows through it.
         on_failure: "raise"; "return" (what was reached, NaN without a solution); "nan"; "accept" (anything).
     """
-    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, None, indices)
+    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, start, indices)

@@ -37,7 +37,7 @@ def _solve_kernel(
     damp: Tensor | None,
     b: Tensor | None,
     c: Tensor | None,
-    primal: Tensor | None,
+    known: Tensor | None,
     indices: Tensor,
     m: int,
     n: int,
@@ -64,7 +64,7 @@ def _solve_kernel(
     with system.accepting_anything() if on_failure == "accept" else nullcontext():
         while start < k:
             part = slice(start, start + _width(factors, copies * (m + n), k))
-            told = None if primal is None else primal[:, :, part]
+            told = None if known is None else known[:, :, part]
             parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
             start = part.stop
     r, x, report = parts[0]
@@ -92,15 +92,24 @@ def _width(factors: Any, rows: int, columns: int) -> int:
 
 
 def _solve_block(
-    system: System, factors: Any, b: Tensor, c: Tensor, primal: Tensor | None
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None
 ) -> tuple[Tensor, Tensor, Report]:
-    """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way."""
+    """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way.
+
+    Args:
+        known: None, a start (P, n, k), or what `describe_primal` gives.
+    """
     scaled = c / system.scale
     size = torch.maximum(b.abs().amax(1, keepdim=True), scaled.abs().amax(1, keepdim=True))
     size = power_of_two(torch.frexp(size).exponent)
-    r, y, report = factors.solve(b / size, scaled / size)
+    if known is not None and known.shape[1] == system.n:
+        start = known * system.scale / size
+        r, y, report = factors.solve(b / size, scaled / size, torch.where(start.isfinite(), start, 0.0))
+        known = None
+    else:
+        r, y, report = factors.solve(b / size, scaled / size)
     r, x = r * size, y / system.scale * size
-    return r, x, _settle(system, report, r, x, b, primal)
+    return r, x, _settle(system, report, r, x, b, known)
 
 
 def _require_matching(pattern: SparsePattern, wide: bool) -> None:
@@ -189,14 +198,14 @@ def _require_finite(**tensors: Tensor | None) -> None:
         raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 
-def _solve_fake(values, damp, b, c, primal, indices, m, n, settings, holder, on_failure):
+def _solve_fake(values, damp, b, c, known, indices, m, n, settings, holder, on_failure):
     copies, k = values.shape[0], (b if b is not None else c).shape[2]
     report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
     return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
 
 
 solve_kernel = define(
-    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? primal, Tensor indices, SymInt m, SymInt n, "
+    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? known, Tensor indices, SymInt m, SymInt n, "
     "int settings, int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
     _solve_kernel,
     _solve_fake,

@@ -6,7 +6,7 @@ import torch
 from helpers import SOLVERS, close, problem, through_pinv, with_singular_values
 
 import functional_lstsq as fl
-from functional_lstsq.solvers import auto, gram
+from functional_lstsq.solvers import auto, cgls, gram
 from functional_lstsq.solvers.auto import _Chain, _Step
 
 
@@ -272,3 +272,70 @@ def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypa
     assert found.info.tried == "CGLS (a factor costs more): iteration limit reached, Direct (a factor costs less)"
     assert len(calls) < n / 4
     close(found.x, truth, 1e-10)
+
+
+def test_a_start_saves_iterations_and_changes_nothing_else():
+    pattern, values, b = problem(400, 120)
+    A, solver = fl.SparseMatrix(values, pattern), fl.CGLS()
+    x = fl.lstsq(A, b, solver=solver)
+    near = fl.SparseMatrix(values * (1 + 1e-6 * torch.linspace(-1, 1, len(values), dtype=torch.float64)), pattern)
+    cold, warm = (fl.solve(near, b, solver=solver, x0=x0) for x0 in (None, x))
+    assert int(warm.info.iterations) < int(cold.info.iterations)
+    close(warm.x, cold.x, 1e-10)
+    close(fl.lstsq(A, b, solver=solver, x0=1e6 * torch.ones_like(x)), x, 1e-9)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        with_start, without = (
+            transform(lambda v, x0=x0: fl.lstsq(fl.SparseMatrix(v, pattern), b, solver=solver, x0=x0))
+            for x0 in (x, None)
+        )
+        close(with_start(values), without(values), 1e-9)
+        assert not transform(lambda x0: fl.lstsq(A, b, solver=solver, x0=x0))(x).any()
+    B = torch.stack([b, 2 * b, b.flip(0)])
+    X = torch.vmap(lambda b: fl.lstsq(A, b, solver=solver))(B)
+    again = torch.vmap(lambda b, x0: fl.solve(A, b, solver=solver, x0=x0))(B, X)
+    close(again.x, X, 1e-10)
+    assert int(again.info.iterations.max()) < int(cold.info.iterations)
+    for other in (fl.Dense(), fl.Direct(), None):
+        close(fl.lstsq(A, b, solver=other, x0=x), x, 1e-10)
+    close(fl.lstsq(A.T, b[:120], x0=b), fl.lstsq(A.T, b[:120]), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("x0", "error", "words"),
+    [
+        (3, TypeError, "x0 must be a dense tensor"),
+        (torch.zeros(3), ValueError, "x0 must have the shape of x"),
+        (torch.full((20,), torch.nan), ValueError, "x0 must be finite"),
+        (torch.zeros(20, dtype=torch.complex128), ValueError, "x0 must be torch.float64"),
+    ],
+)
+def test_a_bad_start_is_refused(x0, error, words):
+    pattern, values, b = problem(60, 20)
+    with pytest.raises(error, match=words):
+        fl.lstsq(fl.SparseMatrix(values, pattern), b, x0=x0)
+
+
+@pytest.mark.parametrize("damp", [None, 0.3])
+def test_corrections_in_single_precision(damp, monkeypatch):
+    """Answers, gradients and claims are those of double precision, also where columns leave the block one by one."""
+    pattern, values, b = problem(600, 100, density=0.1)
+    b = torch.stack([b, values.new_zeros(600), fl.SparseMatrix(values, pattern) @ torch.ones(100).double()], 1)
+
+    def loss(values, b):
+        solution = fl.solve(fl.SparseMatrix(values, pattern), b, damp=damp, solver=fl.CGLS())
+        return solution.x.square().sum(), solution
+
+    wanted = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(values, b)
+    monkeypatch.setattr(cgls, "_SINGLE_ENTRIES", 1)
+    used = []
+    monkeypatch.setattr(cgls._Single, "of", classmethod(lambda cls, system: used.append(1) or of(system)))
+    found = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(values, b)
+    assert used
+    assert float(found[1].info.condition.max()) < cgls._SINGLE_CONDITION
+    for got, want in zip(found[0], wanted[0], strict=True):
+        close(got, want, 1e-10)
+    errors = (found[1].x - wanted[1].x).norm(dim=0) / wanted[1].x.norm(dim=0).clamp_min(1e-300)
+    assert bool((errors <= 10 * found[1].info.forward_error + 1e-13).all())
+
+
+of = cgls._Single.of

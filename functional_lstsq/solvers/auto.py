@@ -151,7 +151,7 @@ class _Chain:
             step = self._step(self.first + 1)
         return self.prepared.get(self.first, step.solver if step else None)
 
-    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns."""
         best = None
         for index in itertools.count(self.first):
@@ -167,7 +167,7 @@ class _Chain:
                     self.failures[index] = f"{said}: many right-hand sides"
                     self.first = index + 1
                     continue
-                r, y, answer = self.prepared[index].solve(b, c)
+                r, y, answer = self.prepared[index].solve(b, c, start)
             except (torch.linalg.LinAlgError, MemoryError) as error:
                 if best is None and self._step(index + 1) is None:
                     raise

@@ -176,8 +176,8 @@ class Iteration:
         expected = len(errors) + math.log(errors[-1] / threshold) / rate if rate > 0 else float("inf")
         return _SOLVES * expected > self.patience
 
-    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Solve K (r, y) = (b, c) in the scaled unknowns."""
+    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
+        """Solve K (r, y) = (b, c) in the scaled unknowns, from y = `start` if there is one."""
         system, failed = self.system, self.failed
         limited = self.unseen.expand(-1, b.shape[2])
         # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
@@ -186,13 +186,17 @@ class Iteration:
 
         def correct(b: Tensor, c: Tensor) -> Run:
             nonlocal first, limited
+            if first and start is not None:
+                b, c = b - system.A.matmul(start), c + system.damped(start)
             if self.single is not None:
                 run = self._run_single(b, c)
             else:
-                run = self._run(system, b, c, self.target if first else _CONTRACTION)
+                run = self._run(system, b, c, self.target if first else _CONTRACTION, start if first else None)
             ran_out = run.iterations >= self.settings.max_iterations
             # Other columns than those that were asked about are samples of rounding errors.
             limited = limited | (ran_out if ran_out.shape == limited.shape else ran_out.any(1, keepdim=True))
+            if first and start is not None:
+                run = run._replace(y=start + run.y)
             first = False
             return run
 
@@ -229,7 +233,7 @@ class Iteration:
         """Why a matrix failed, before any right-hand side was seen."""
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
 
-    def _run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float) -> Run:
+    def _run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
         # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The
         # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
         norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
@@ -239,7 +243,8 @@ class Iteration:
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             gradient = gamma.sqrt()
             rounding = 10 * eps * (self.largest * norm(r) + size[:, live])
-            return (gradient <= limit * norm(weight * y)) | (gradient <= rounding)
+            whole = y if start is None else start[:, :, live] + y
+            return (gradient <= limit * norm(weight * whole)) | (gradient <= rounding)
 
         settings = self.settings
         return cgls(

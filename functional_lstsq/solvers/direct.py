@@ -142,7 +142,7 @@ class _Factors(Factored):
         zeros = self.system.empty[p].nonzero()[:5, 0].tolist()
         return zeros or super().dependent(p)
 
-    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
         """As of `Factored`; what could not be explored is no success."""
         r, y, answer = super().solve(b, c)
         if bool(self.gave_up.any()):

@@ -44,7 +44,7 @@ class Factored:
         """(A^H A + d^2)^+ g, to some digits."""
         raise NotImplementedError
 
-    def solve(self, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns; with a null space, K^+ in the unscaled ones."""
         system, given = self.system, c
         if self.null is not None:
