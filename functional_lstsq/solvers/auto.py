@@ -66,7 +66,7 @@ class Auto:
     def plan(self, system: System) -> Iterator[_Step]:
         """Methods in the order to try them; what is not asked for is not thought about."""
         n, copies = system.n, system.copies
-        room = self.dense_bytes or available_bytes() / 2
+        room = self.dense_bytes or available_bytes(system.A.device) / 2
         dense_fits = 3 * copies * n**2 * system.A.values.element_size() <= room
         if n <= self.dense_columns and dense_fits:
             yield _Step(Dense(), "few columns")

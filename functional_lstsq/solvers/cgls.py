@@ -184,8 +184,9 @@ class Iteration:
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
         first, contraction = True, _CONTRACTION if self.single is None else 20 * _SINGLE_CONTRACTION
 
-        def correct(b: Tensor, c: Tensor) -> Run:
+        def correct(b: Tensor | None, c: Tensor) -> Run:
             nonlocal first, limited
+            assert b is not None
             if first and start is not None:
                 b, c = b - system.A.matmul(start), c + system.damped(start)
             if self.single is not None:
@@ -238,11 +239,11 @@ class Iteration:
         # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
         norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
         inverse, eps = norms.square().reciprocal(), torch.finfo(b.dtype).eps
-        limit, size = tolerance / 2 * self.smallest.square(), norm(c / norms)
+        limit = tolerance / 2 * self.smallest.square()
+        floor, slope = 10 * eps * norm(c / norms), 10 * eps * self.largest
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
-            gradient = gamma.sqrt()
-            rounding = 10 * eps * (self.largest * norm(r) + size[:, live])
+            gradient, rounding = gamma.sqrt(), slope * norm(r) + floor[:, live]
             whole = y if start is None else start[:, :, live] + y
             return (gradient <= limit * norm(weight * whole)) | (gradient <= rounding)
 

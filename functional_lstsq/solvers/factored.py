@@ -61,6 +61,7 @@ class Factored:
             contraction=0.0 if plain else 0.01,
             target=4 * EPS,
             bound=_BOUND,
+            consistent=plain,
         )
         if self.null is not None:
             refined = self._without_null_space(refined, unscaled)
@@ -109,15 +110,16 @@ class Factored:
         errors = errors._replace(x=errors.x + of_x, r=errors.r + norm(system.A.matmul(moved)) + EPS * norm(r))
         return Refined(r, self._project(x) * system.scale, errors, iterations)
 
-    def _apply_once(self, b: Tensor, c: Tensor) -> Run:
-        """K^-1 (b, c) by the factor alone."""
-        g = self.system.gradient(b, torch.zeros_like(c), c)
+    def _apply_once(self, b: Tensor | None, c: Tensor) -> Run:
+        """K^-1 (b, c) by the factor alone; a b of None is zero."""
+        g = -c if b is None else self.system.A.adjoint(b).sub_(c)
         y = self.apply(g)
         r, gamma = self.system.A.matmul(y), dot(g, y)
-        return Run(torch.sub(b, r, out=r), y, gamma, torch.ones_like(gamma))
+        return Run(r.neg_() if b is None else torch.sub(b, r, out=r), y, gamma, torch.ones_like(gamma))
 
-    def _iterate(self, b: Tensor, c: Tensor) -> Run:
+    def _iterate(self, b: Tensor | None, c: Tensor) -> Run:
         """K^-1 (b, c) to three digits."""
+        assert b is not None
         g = self.system.gradient(b, torch.zeros_like(c), c)
         goal = 1e-6 * dot(g, self.apply(g))
         return cgls(

@@ -209,8 +209,10 @@ def method_name() -> str:
     return "direct-superlu" if rslab is None else "direct-rslab"
 
 
-def available_bytes() -> int:
+def available_bytes(device: torch.device | None = None) -> int:
     """Memory that can still be had; half of what the machine has where the system does not say."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -74,13 +74,14 @@ def refine(
     system: System,
     b: Tensor,
     c: Tensor,
-    correct: Callable[[Tensor, Tensor], Run],
+    correct: Callable[[Tensor | None, Tensor], Run],
     *,
     largest: Tensor,
     smallest: Tensor,
     contraction: float,
     target: float,
     bound: float,
+    consistent: bool = False,
 ) -> Refined:
     """Solve K (r, y) = (b, c) by corrections until they reach `target` or stop shrinking, each column on its own.
 
@@ -92,15 +93,21 @@ def refine(
         largest, smallest: extreme singular values (P, 1).
         contraction: what `correct` may leave, as a fraction of the d it is to find.
         target: size of a correction, relative to what it corrects, that is small enough.
+        consistent: `correct` gives r = b - A y but for rounding, so that the first equation is owed no correction; it takes
+            None for a b of zeros then.
         bound: rounding errors, relative, that are small enough. Where a bound on them is larger, two solves more give a
             sharper estimate: the larger of two samples.
     """
     measure = Measure(system, b, c, largest)
     run = correct(b, c)
+
+    def residuals(r: Single, y: Single) -> tuple[Tensor | None, Tensor]:
+        return (None, -system.gradient(r.high, y.high, c)) if consistent else system.residuals(b, c, r.high, y.high)
+
     # No correction leaves less of a weak direction.
     slowest = (10 * EPS * (largest / smallest).square()).clamp(min=contraction)
     first, second, moves, iterations = _iterate(
-        measure, Single(run.r), Single(run.y), lambda r, y: system.residuals(b, c, r.high, y.high), correct,
+        measure, Single(run.r), Single(run.y), residuals, correct,
         target, slowest, run.iterations, first_is_all=True,
     )  # fmt: skip
     r, y = first.high, second.high
@@ -142,8 +149,8 @@ def _iterate(
     measure: Measure,
     r: Number,
     y: Number,
-    residuals: Callable[[Number, Number], tuple[Tensor, Tensor]],
-    correct: Callable[[Tensor, Tensor], Run],
+    residuals: Callable[[Number, Number], tuple[Tensor | None, Tensor]],
+    correct: Callable[[Tensor | None, Tensor], Run],
     target: float,
     slowest: Tensor,
     iterations: Tensor,

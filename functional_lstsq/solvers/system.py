@@ -216,7 +216,7 @@ def cgls(
             that the iterates hold.
         limit: iterations at most.
         rises: a column stops once gamma has risen so often. With b = 0, iterations that run on after rounding has
-            taken over blow up; the best iterate is then what is returned, but for a factor of 100.
+            taken over blow up; about the best iterate is then what is returned.
         drop: whether finished columns leave the block.
     """
     given_c = c if bool(c.any()) else None
@@ -230,7 +230,7 @@ def cgls(
 
     z = apply(gradient())
     gamma = dot(g, z).clamp_min(0)
-    best, kept_r, kept_y, kept_gamma = gamma, b, torch.zeros_like(c), gamma
+    kept_r, kept_y, kept_gamma = b, torch.zeros_like(c), gamma
     active, risen, iterations, p = gamma > 0, torch.zeros_like(gamma), torch.zeros_like(gamma), z
     live, done = torch.arange(b.shape[2], device=b.device), None
     for step in range(1, limit + 1):
@@ -244,11 +244,11 @@ def cgls(
             stay = alive.nonzero()[:, 0]
             live = live[stay]
             r, y, q, g, p, kept_r, kept_y = (t.index_select(-1, stay) for t in (r, y, q, g, p, kept_r, kept_y))
-            gamma, best, kept_gamma = (t.index_select(-1, stay) for t in (gamma, best, kept_gamma))
-            active, risen, iterations = (t.index_select(-1, stay) for t in (active, risen, iterations))
+            gamma, kept_gamma, active = (t.index_select(-1, stay) for t in (gamma, kept_gamma, active))
+            risen, iterations = (t.index_select(-1, stay) for t in (risen, iterations))
             given_c = None if given_c is None else given_c.index_select(-1, stay)
         system.A.matmul(p, out=q)
-        curvature = dot(q, q) + (0 if system.d2 is None else dot(p, system.d2 * p))
+        curvature = dot(q, q) if system.d2 is None else dot(q, q) + dot(p, system.d2 * p)
         active = active & (curvature > 0)
         alpha = torch.where(active, gamma / curvature, 0.0)[:, None].to(b.dtype)
         y.addcmul_(alpha, p)
@@ -256,18 +256,17 @@ def cgls(
         z = apply(gradient())
         new = torch.where(active, dot(g, z).clamp_min(0), gamma)
         iterations = iterations + active
-        risen = risen + (new > gamma)
-        best = torch.where(active, torch.minimum(best, new), best)
-        # Only a marked improvement is worth a copy.
-        better = active & (new < 1e-4 * kept_gamma)
-        if bool(better.any()):
-            kept_r, kept_y = torch.where(better[:, None], r, kept_r), torch.where(better[:, None], y, kept_y)
-            kept_gamma = torch.where(better, new, kept_gamma)
+        if rises is not None or step % 8 == 0:  # only a marked improvement, seen now and then, is worth a copy
+            better = active & (new < 1e-4 * kept_gamma)
+            if bool(better.any()):
+                kept_r, kept_y = torch.where(better[:, None], r, kept_r), torch.where(better[:, None], y, kept_y)
+                kept_gamma = torch.where(better, new, kept_gamma)
         reached = active & converged(r, y, g, new, live)
         # The gradient may rise on the way, so the best iterate is that of the smallest only where there was no end.
         kept_gamma = torch.where(reached, torch.inf, kept_gamma)
-        active = active & (new > 0) & ~reached & (new < 1e20 * best)
+        active = active & ~reached & (new < 1e20 * kept_gamma)
         if rises is not None:
+            risen = risen + (new > gamma)
             active = active & (risen < rises)
         p = torch.mul(p, torch.where(active, new / gamma, 0.0)[:, None], out=p).add_(z)
         gamma = new
