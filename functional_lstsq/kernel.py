@@ -65,7 +65,7 @@ def _solve_kernel(
         while start < k:
             part = slice(start, start + _width(factors, copies * (m + n), k))
             told = None if known is None else known[:, :, part]
-            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
+            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, wanted.wide))
             start = part.stop
     r, x, report = parts[0]
     if len(parts) > 1:
@@ -92,7 +92,7 @@ def _width(factors: Any, rows: int, columns: int) -> int:
 
 
 def _solve_block(
-    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, wide: bool
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way.
 
@@ -109,6 +109,7 @@ def _solve_block(
     else:
         r, y, report = factors.solve(b / size, scaled / size)
     r, x = r * size, y / system.scale * size
+    report = _rounded(system, report, r if wide else x, "residual_error" if wide else "solution_error")
     return r, x, _settle(system, report, r, x, b, known)
 
 
@@ -130,6 +131,18 @@ def _name_columns(factors: Any, p: int, wide: bool) -> str:
     columns = factors.dependent(p) if hasattr(factors, "dependent") else []
     what = "rows" if wide else "columns"
     return f"; {what} {', '.join(map(str, columns))} take part in a dependence" if columns else ""
+
+
+def _rounded(system: System, report: Report, solution: Tensor, name: str) -> Report:
+    """Claims, given that the solution will be rounded to a single precision whose range it may leave."""
+    if system.precision < 1e-10:
+        return report
+    single = torch.finfo(torch.float32)
+    lost = single.smallest_normal * single.eps * solution.shape[1] ** 0.5 / norm(solution).clamp_min(1e-300)
+    overflown = solution.abs().amax(1) > single.max
+    error = getattr(report, name) + torch.where(solution.abs().amax(1) > 0, lost, 0.0)
+    status = torch.where(overflown & (report.status == CONVERGED), float(INACCURATE), report.status)
+    return report._replace(status=status, **{name: torch.where(overflown, torch.inf, error)})
 
 
 def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None) -> Report:

@@ -207,3 +207,19 @@ def golub_pereyra(A, b, w):
         outside = W - M.T * back
         gradient = -back * x.T + r * (pinv * back).T + (pinv.T * x) * outside.T
         return torch.tensor([[float(gradient[i, j]) for j in range(n)] for i in range(M.rows)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct(), None])
+def test_least_norm_where_columns_differ_in_scale(solver):
+    """D^-1 magnifies what rounding leaves in the null space of the scaled matrix: an exact matrix of rank 2."""
+    first, second = torch.tensor([-2.0, -1, 2, 2]).double(), torch.tensor([3.0, 3, 1, 3]).double()
+    A = torch.stack([first * 2.0**-30, second * 2.0**16, first * 2.0**-30, second * 2.0**20], 1)
+    b = torch.tensor([0.8041449051537863, -0.46047314083797203, -1.621949070432042, 1.076462354535482]).double()
+    solution = fl.solve(A.to_sparse(), b, solver=solver, rank_deficient="minimum_norm")
+    u, v = torch.linalg.lstsq(torch.stack([first, second], 1), b[:, None]).solution[:, 0]
+    truth = torch.stack(
+        [u * 2.0**29, v * 2.0**16 / (2.0**32 + 2.0**40), u * 2.0**29, v * 2.0**20 / (2.0**32 + 2.0**40)]
+    )
+    error = float((solution.x - truth).norm() / truth.norm())
+    assert error < 1e-13
+    assert error <= 10 * float(solution.info.forward_error)

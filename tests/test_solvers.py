@@ -339,3 +339,41 @@ def test_corrections_in_single_precision(damp, monkeypatch):
 
 
 of = cgls._Single.of
+
+
+@pytest.mark.parametrize("corner", [0.034, 0.0533, 0.06, 0.09])
+def test_singular_values_are_known_where_single_precision_is_given_up(corner, monkeypatch):
+    monkeypatch.setattr(cgls, "_SINGLE_ENTRIES", 1)
+    A = torch.tensor([[1.0, 1.0], [0.0, corner]], dtype=torch.float64)
+    b = torch.tensor([1.0425133694426776, -0.12853466294343426], dtype=torch.float64)
+    solution = fl.solve(A.to_sparse(), b, solver=fl.CGLS())
+    scaled = torch.linalg.cond(A / A.norm(dim=0))
+    assert scaled / 10 < solution.info.condition < 10 * scaled
+    close(solution.x, torch.linalg.solve(A, b), 1e-11)
+
+
+def test_a_start_that_is_worse_than_none_does_no_harm():
+    pattern, values, b = problem(30, 10)
+    A = fl.SparseMatrix(values, pattern)
+    for size in (1.0, 1e6, 1e160, 1e305):
+        x0 = torch.full((10,), size, dtype=torch.float64)
+        close(fl.lstsq(A, b, solver=fl.CGLS(), x0=x0), fl.lstsq(A, b), 1e-11)
+        assert not fl.lstsq(A, 0 * b, solver=fl.CGLS(), x0=x0).any()
+
+
+@pytest.mark.parametrize("damp", [1e4, 1e8, 1e20])
+def test_a_large_damping_is_no_lack_of_rank(damp):
+    pattern, values, b = problem(30, 10)
+    A = fl.SparseMatrix(values, pattern)
+    solution = fl.solve(A, b, damp=damp, solver=fl.CGLS(), throw=False)
+    assert solution.info.rank == 10
+    assert solution.info.condition < 10
+    close(solution.x * damp**2, A.T @ b, 1e-5)
+
+
+def test_single_precision_that_overflows_is_no_success():
+    A = torch.diag(torch.tensor([1e-30, 1.0])).to_sparse()
+    with pytest.raises(fl.ConvergenceError):
+        fl.lstsq(A, torch.tensor([1e20, 1.0]))
+    tiny = fl.solve(torch.diag(torch.tensor([1e30, 1e30])).to_sparse(), torch.tensor([1e-20, 1e-20]))
+    assert tiny.info.forward_error > 0.1  # x is 1e-50, and rounded to zero

@@ -103,11 +103,12 @@ class Iteration:
         self.smallest, self.largest = torch.full_like(self.whole, torch.inf), torch.ones_like(self.whole)
         self.iterations = torch.zeros_like(self.whole)
         if self.single is not None:
-            known = self._find(self.single, known)
-            if not bool((self.largest < _SINGLE_CONDITION * self.smallest).all()):
-                self.single = None  # rounding may have made the smallest too small
-                self.smallest = torch.full_like(self.smallest, torch.inf)
-        if self._missed(known).any():  # not found in single precision, if that was tried
+            left = self._find(self.single, known)
+            if bool((self.largest < _SINGLE_CONDITION * self.smallest).all()):
+                known = left
+            else:  # rounding may have made the smallest too small: all over again
+                self.single, self.smallest = None, torch.full_like(self.smallest, torch.inf)
+        if self.single is None or bool(self._missed(known).any()):
             known = self._find(system, known)
         smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
         self.smallest, self.largest = smallest, largest
@@ -129,19 +130,23 @@ class Iteration:
         b = target.A.matmul(wanted)
         c = torch.zeros_like(wanted) if target.d2 is None else -target.d2 * wanted
         whole, inverse = self.whole / size[:, 0], norms.square().reciprocal()
+
+        def energy_of(r: Tensor, missing: Tensor) -> Tensor:
+            """|[A; d] missing|"""
+            if target.d2 is None:
+                return norm(r)
+            return (norm(r).square() + norm(target.d2.sqrt() * missing).square()).sqrt()
+
         at_first = norm(norms * wanted)
-        ratio = torch.where(at_first > 0, norm(b) / at_first, torch.inf)
+        ratio = torch.where(at_first > 0, energy_of(b, wanted) / at_first, torch.inf)
         self.smallest = torch.minimum(self.smallest, ratio.to(torch.float64))
         threshold, errors = 1e-3 / system.n**0.5, []
         # Below it is rounding: in single precision, of nothing; in double precision, of a matrix without full rank.
-        floor = 0.0 if target is system else 100 * torch.finfo(real).eps * norm(b)
+        floor = 0.0 if target is system else 100 * torch.finfo(real).eps * energy_of(b, wanted)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             missing = wanted - y
-            error, energy, gradient = norm(norms * missing), norm(r).square(), gamma.sqrt()
-            if target.d2 is not None:
-                energy = energy + norm(target.d2.sqrt() * missing).square()
-            energy = energy.sqrt()
+            error, energy, gradient = norm(norms * missing), energy_of(r, missing), gamma.sqrt()
             seen = (energy > floor) & (error > 0)
             ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
             self.smallest = torch.minimum(self.smallest, ratio)
@@ -182,13 +187,19 @@ class Iteration:
         limited = self.unseen.expand(-1, b.shape[2])
         # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
+        if start is not None:
+            left = b - system.A.matmul(start)
+            # A start that is worse than none would leave rounding errors of its own size.
+            lost = norm(left).square() + (0.0 if system.d2 is None else norm(system.d2.sqrt() * start).square())
+            better = (lost < norm(b).square())[:, None]
+            start, left = torch.where(better, start, 0.0), torch.where(better, left, b)
         first, contraction = True, _CONTRACTION if self.single is None else 20 * _SINGLE_CONTRACTION
 
         def correct(b: Tensor | None, c: Tensor) -> Run:
             nonlocal first, limited
             assert b is not None
             if first and start is not None:
-                b, c = b - system.A.matmul(start), c + system.damped(start)
+                b, c = left, c + system.damped(start)
             if self.single is not None:
                 run = self._run_single(b, c)
             else:
@@ -240,7 +251,9 @@ class Iteration:
         norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
         inverse, eps = norms.square().reciprocal(), torch.finfo(b.dtype).eps
         limit = tolerance / 2 * self.smallest.square()
-        floor, slope = 10 * eps * norm(c / norms), 10 * eps * self.largest
+        # Of A^H r alone: beside a large damping A is far smaller than [A; d].
+        size = torch.minimum(self.largest, torch.linalg.vector_norm(self.system.A.values, dim=1, keepdim=True))
+        floor, slope = 10 * eps * norm(c / norms), 10 * eps * size
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             gradient, rounding = gamma.sqrt(), slope * norm(r) + floor[:, live]

@@ -137,8 +137,9 @@ class Factored:
             lost: (P, 1, q), which are vectors.
         """
         system = self.system
-        # Rounding errors in A Z and in Z itself would be magnified by the condition number and its square.
-        exact = bool((self.largest > _PLAIN * self.smallest).any())
+        # Rounding errors in A Z and in Z itself would be magnified by the condition number and its square, and by D^-1.
+        spread = system.scale.amax(1) / system.scale.amin(1)
+        exact = bool((self.largest * spread > _PLAIN * self.smallest).any())
         null = Z / system.scale
         for _ in range(2):
             null = null / torch.where(lost, torch.linalg.vector_norm(null, dim=1, keepdim=True), 1.0)

@@ -93,8 +93,8 @@ def refine(
         largest, smallest: extreme singular values (P, 1).
         contraction: what `correct` may leave, as a fraction of the d it is to find.
         target: size of a correction, relative to what it corrects, that is small enough.
-        consistent: `correct` gives r = b - A y but for rounding, so that the first equation is owed no correction; it takes
-            None for a b of zeros then.
+        consistent: `correct` gives r = b - A y but for rounding, so that the first equation is owed no correction; it
+            takes None for a b of zeros then.
         bound: rounding errors, relative, that are small enough. Where a bound on them is larger, two solves more give a
             sharper estimate: the larger of two samples.
     """
