@@ -82,7 +82,7 @@ class Auto:
             yield _Step(_Tentative(self.cgls, factor / (iteration + _CALLS)), "a factor costs more", iteration, factor)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
-        if sparse_fits:
+        if sparse < dense:
             if not (dense_fits and analysis.fill > n**2 / 4):  # half of what there is to fill
                 flops, size = analysis.predicted
                 sparse += copies * flops / _FLOPS
