@@ -48,6 +48,8 @@ def _solve_kernel(
     values = values.resolve_conj()
     wanted, copies = by_number[settings], values.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
+    # Of an adjoint solve the other part is what the user sees.
+    forward = (b if wanted.wide else c) is None and (known is None or known.shape[1] == n)
     b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     _require_finite(values=values, damp=damp, b=b, c=c)
@@ -65,12 +67,14 @@ def _solve_kernel(
         while start < k:
             part = slice(start, start + _width(factors, copies * (m + n), k))
             told = None if known is None else known[:, :, part]
-            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, wanted.wide))
+            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
             start = part.stop
     r, x, report = parts[0]
     if len(parts) > 1:
         r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
         report = Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
+    if forward and wanted.precision > 1e-10:
+        report = _rounded(report, r if wanted.wide else x, "residual_error" if wanted.wide else "solution_error")
     report = report._replace(ticket=torch.full_like(report.status, keeper.key if holder else 0))
     keeper.solves += 1
     if keeper.solves > 1 and on_failure != "accept":
@@ -92,7 +96,7 @@ def _width(factors: Any, rows: int, columns: int) -> int:
 
 
 def _solve_block(
-    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, wide: bool
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way.
 
@@ -109,7 +113,6 @@ def _solve_block(
     else:
         r, y, report = factors.solve(b / size, scaled / size)
     r, x = r * size, y / system.scale * size
-    report = _rounded(system, report, r if wide else x, "residual_error" if wide else "solution_error")
     return r, x, _settle(system, report, r, x, b, known)
 
 
@@ -133,10 +136,8 @@ def _name_columns(factors: Any, p: int, wide: bool) -> str:
     return f"; {what} {', '.join(map(str, columns))} take part in a dependence" if columns else ""
 
 
-def _rounded(system: System, report: Report, solution: Tensor, name: str) -> Report:
+def _rounded(report: Report, solution: Tensor, name: str) -> Report:
     """Claims, given that the solution will be rounded to a single precision whose range it may leave."""
-    if system.precision < 1e-10:
-        return report
     single = torch.finfo(torch.float32)
     lost = single.smallest_normal * single.eps * solution.shape[1] ** 0.5 / norm(solution).clamp_min(1e-300)
     overflown = solution.abs().amax(1) > single.max

@@ -34,7 +34,7 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, check_invariants=False)
 
-_GRAM_ENTRIES = 2**24
+_GRAM_ENTRIES = 2**24  # of A^H A that are formed at a time
 
 
 class Operator:

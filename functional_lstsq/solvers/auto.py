@@ -39,7 +39,7 @@ _OVER = 2  # how much dearer than a factor an iteration for many columns must be
 
 @dataclass(frozen=True)
 class Auto:
-    """`Dense` for few columns; else `Direct` or, where its factor would be too much work or memory, `CGLS`.
+    """`Dense` for few columns; else `CGLS` while it promises to take less than a factor, then `Direct` or `Dense`.
 
     Args:
         dense_columns: largest smaller dimension of A that is factored densely.
