@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..products import Operator
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
+from .conjugate import Normal, Run, cgls, iterate
 from .refine import refine, report
-from .system import Normal, Run, System, cgls, check_number, noise, norm
+from .system import System, check_number, noise, norm
 
 _CONTRACTION = 0.05  # of corrections after the first solve
 # Products in single precision take half the time where memory bounds them; corrections by them are right to some digits
@@ -160,7 +161,7 @@ class Iteration:
             return found | (energy <= floor) | (self.smallest <= system.tolerance * self.largest)
 
         settings = self.settings
-        run = cgls(
+        run = iterate(
             target,
             b,
             c,
@@ -255,14 +256,13 @@ class Iteration:
         size = torch.minimum(self.largest, torch.linalg.vector_norm(self.system.A.values, dim=1, keepdim=True))
         floor, slope = 10 * eps * norm(c / norms), 10 * eps * size
 
-        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
-            gradient, rounding = gamma.sqrt(), slope * norm(r) + floor[:, live]
+        def goal(r: Tensor, y: Tensor, live: Tensor) -> Tensor:
             whole = y if start is None else start[:, :, live] + y
-            return (gradient <= limit * norm(weight * whole)) | (gradient <= rounding)
+            return torch.maximum(limit * norm(weight * whole), slope * norm(r) + floor[:, live]).square()
 
         settings = self.settings
         return cgls(
-            system, b, c, lambda g: g * inverse, converged, limit=settings.max_iterations, callback=settings.callback
+            system, b, c, lambda g: g * inverse, goal, limit=settings.max_iterations, callback=settings.callback
         )
 
     def _run_single(self, b: Tensor, c: Tensor) -> Run:

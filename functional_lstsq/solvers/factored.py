@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..result import RANK_DEFICIENT, Report
+from .conjugate import Run, cgls
 from .extended import Pair, Single
 from .refine import Refined, refine, report
-from .system import EPS, Run, System, cgls, dot, noise, norm
+from .system import EPS, System, dot, noise, norm
 
 _BOUND = 1e-11  # a bound on rounding errors that needs no sharpening
 _PLAIN = 1e4  # condition number up to which the factor alone makes four digits and more of a correction
@@ -122,9 +123,7 @@ class Factored:
         assert b is not None
         g = self.system.gradient(b, torch.zeros_like(c), c)
         goal = 1e-6 * dot(g, self.apply(g))
-        return cgls(
-            self.system, b, c, self.apply, lambda r, y, g, gamma, live: gamma <= goal[:, live], limit=30, rises=3
-        )
+        return cgls(self.system, b, c, self.apply, lambda r, y, live: goal[:, live], limit=30, rises=3)
 
     def _find_null_space(self, Z: Tensor, lost: Tensor) -> None:
         """An orthonormal basis of the null space of A, from approximate null vectors of the scaled matrix.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
+from .conjugate import Run
 from .extended import EPS_EXTENDED, Pair, Single
-from .system import EPS, Run, System, norm
+from .system import EPS, System, norm
 
 _TINY = torch.finfo(torch.float64).tiny
 Number = TypeVar("Number", Single, Pair)

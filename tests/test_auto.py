@@ -1,0 +1,114 @@
+"""How the default chooses among methods; their settings; what `info` says of both."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import close, problem, with_singular_values
+
+import functional_lstsq as fl
+from functional_lstsq.solvers import auto
+from functional_lstsq.solvers.auto import _Chain, _Step
+
+
+def test_large_and_sparse():
+    """A grid of first differences with a few fixed points, too large for a dense factor; and without them."""
+    k = 64
+    index = torch.arange(k * k).view(k, k)
+    neighbours = (index[:-1], index[1:]), (index[:, :-1], index[:, 1:])
+    ends = torch.cat([torch.stack([a.reshape(-1), b.reshape(-1)]) for a, b in neighbours], 1)
+    edges, fixed = ends.shape[1], torch.arange(0, k * k, 97)
+    row = torch.arange(edges)
+    rows = torch.cat([row, row, edges + torch.arange(len(fixed))])
+    indices = torch.stack([rows, torch.cat([ends[0], ends[1], fixed])])
+    values = torch.cat([-torch.ones(edges), torch.ones(edges + len(fixed))]).double()
+    A = fl.SparseMatrix(values, fl.SparsePattern(indices, (edges + len(fixed), k * k)))
+    x = torch.randn(k * k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for solver, method in ((None, "direct"), (fl.CGLS(), "cgls")):
+        solution = fl.solve(A, A @ x, solver=solver)
+        assert solution.info.method.startswith(method)
+        assert float((solution.x - x).norm() / x.norm()) < 1e-10
+    pattern = fl.SparsePattern(indices[:, : 2 * edges], (edges, k * k))
+    free, ones = fl.SparseMatrix(values[: 2 * edges], pattern), torch.ones(edges, dtype=torch.float64)
+    with pytest.raises(fl.RankDeficientError, match=f"rank below {k * k}"):
+        fl.lstsq(free, ones, solver=fl.CGLS())
+    with pytest.raises(fl.RankDeficientError, match=f"rank {k * k - 1}, not full rank {k * k}.*columns .* take part"):
+        fl.lstsq(free, ones)
+    least = fl.lstsq(free, free @ x, rank_deficient="minimum_norm")
+    assert float((least - (x - x.mean())).norm() / x.norm()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "name"),
+    [
+        (lambda: fl.Dense(accept="x"), TypeError, "accept"),
+        (lambda: fl.Dense(accept=-1), ValueError, "accept"),
+        (lambda: fl.CGLS(tolerance="a"), TypeError, "tolerance"),
+        (lambda: fl.CGLS(tolerance=float("nan")), ValueError, "tolerance"),
+        (lambda: fl.CGLS(max_iterations=1e3), TypeError, "max_iterations"),
+        (lambda: fl.CGLS(callback=3), TypeError, "callback"),
+        (lambda: fl.Auto(cgls=3), TypeError, "cgls"),
+        (lambda: fl.Auto(dense_columns=0), ValueError, "dense_columns"),
+    ],
+)
+def test_bad_settings_are_refused_when_they_are_made(make, error, name):
+    with pytest.raises(error, match=f"{name} must be"):
+        make()
+
+
+def test_the_default_moves_on_and_says_so():
+    """From an iteration that ends too early to a factor; from few columns to a dense factor at once."""
+    pattern, values, b = problem(60, 20)
+    A = fl.SparseMatrix(values, pattern)
+    assert fl.solve(A, b).info.tried == "Dense (few columns)"
+    assert fl.solve(A, b, solver=fl.Auto(dense_columns=1, dense_bytes=1)).info.method.startswith("direct")
+    poor, pattern = with_singular_values(np.logspace(0, -9, 12), 30)
+    planned = _Planned((_Step(fl.CGLS(), "first"), _Step(fl.Direct(), "second")))
+    solution = fl.solve(fl.SparseMatrix(poor.reshape(-1), pattern), torch.ones(30, dtype=torch.float64), solver=planned)
+    assert solution.info.method.startswith("direct")
+    assert solution.info.tried == "CGLS (first): inaccurate, Direct (second)"
+
+
+class _Planned:
+    """The default with a plan of its own."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def prepare(self, system, *, minimum_norm):
+        return _Chain(iter(self.plan), system, minimum_norm)
+
+
+def test_info_tells_of_the_norm_and_of_the_last_derivative():
+    pattern, values, b = problem(30, 10)
+    for solver in (None, fl.Direct(), fl.CGLS()):
+
+        def loss(values, solver=solver):
+            solution = fl.solve(fl.SparseMatrix(values, pattern), b, solver=solver)
+            return solution.x.sum(), solution.info
+
+        info = fl.solve(fl.SparseMatrix(values, pattern), b, solver=solver).info
+        close(info.norm, values.norm(), 1e-14)
+        assert info.adjoint_error != info.adjoint_error  # NaN: nothing was differentiated
+        _, info = torch.func.grad(loss, has_aux=True)(values)
+        assert 0 < info.adjoint_error < 1e-9
+        assert f"adjoint_error={info.adjoint_error:.2g}" in repr(info)
+
+
+def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypatch):
+    """A random matrix needs few iterations; a path needs about as many as it has steps."""
+    monkeypatch.setattr(auto, "_PATIENCE", 0)
+    monkeypatch.setattr(auto, "_ORDERED", 1e3)
+    pattern, values, b = problem(2000, 500)
+    default = fl.Auto(dense_columns=1, dense_bytes=1)
+    found = fl.solve(fl.SparseMatrix(values, pattern), b, solver=default)
+    assert found.info.tried == "CGLS (a factor costs more)"
+    n, calls = 3000, []
+    rows, columns = torch.arange(n).repeat(2), torch.cat([torch.arange(n), torch.arange(1, n + 1) % n])
+    pattern = fl.SparsePattern(torch.stack([rows, columns]), (n, n))
+    A = fl.SparseMatrix(torch.cat([torch.ones(n), -0.999 * torch.ones(n)]).double(), pattern)
+    truth = torch.arange(n, dtype=torch.float64).sin()
+    watched = fl.Auto(dense_columns=1, dense_bytes=1, cgls=fl.CGLS(callback=lambda step, size: calls.append(step)))
+    found = fl.solve(A, A @ truth, solver=watched)
+    assert found.info.tried == "CGLS (a factor costs more): iteration limit reached, Direct (a factor costs less)"
+    assert len(calls) < n / 4
+    close(found.x, truth, 1e-10)
