@@ -35,6 +35,8 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, check_invariants=False)
 
 _GRAM_ENTRIES = 2**24  # of A^H A that are formed at a time
+# A dense product makes so many multiplications in the time of one of a sparse product, and so many before it counts.
+_DENSE_SPEED, _SMALL = 100, 10**7
 
 
 class Operator:
@@ -95,7 +97,9 @@ class Operator:
         n = self.n
         if not self.pattern.nnz:
             return self.values.new_zeros((self.copies, n, n))
-        if self.copies * self.m * n <= _GRAM_ENTRIES // 4:
+        multiplications = self.pattern.keep("multiplications", lambda: _multiplications(self.pattern))
+        cheap = self.m * n**2 <= _DENSE_SPEED * multiplications + _SMALL
+        if cheap and self.copies * self.m * n <= _GRAM_ENTRIES // 4:
             A = self.dense()
             return A.mH @ A
         dense = self.values.new_zeros((self.copies * n, n))
@@ -127,6 +131,11 @@ class Operator:
     def absolute(self) -> Operator:
         """The operator of the absolute values."""
         return Operator(self.pattern, self.values.abs())
+
+
+def _multiplications(pattern: SparsePattern) -> int:
+    """Of a sparse product for A^H A."""
+    return int(pattern.rows.pointers.diff().long().square().sum())
 
 
 def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:

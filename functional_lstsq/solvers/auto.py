@@ -29,8 +29,9 @@ _FLOPS = 2e10  # operations a second in a factor
 _PRODUCTS = 1e8  # multiplications a second in a sparse product of matrices
 _ORDERED = 1e6  # entries a second in an ordering
 _BYTES = 8e9  # bytes a second in a sparse product with vectors
-_CALLS = 2e-4  # seconds of an iteration on small problems
-_PATIENCE = 150  # iterations whose time a factor must take for iterating to be tried before it
+_CALLS = 1e-4  # seconds of an iteration on small problems
+_PASSES = 20  # over a dense factor, to use it and to know its condition number
+_PATIENCE = 100  # iterations whose time a factor must take for iterating to be tried before it
 _SOLVE = 2.2  # times the iterations that find a known solution, in a solve
 _FEW = 15  # of these iterations, at least
 _FACTORED = 4  # iterations that take as long as a solve with a factor
@@ -74,7 +75,9 @@ class Auto:
         analysis = analyse(system)
         iteration = (24 * analysis.pattern.nnz + 64 * (system.m + n)) * copies / _BYTES
         products = copies * analysis.products / _PRODUCTS
-        dense = products + copies * n**3 / 3 / _FLOPS if dense_fits else math.inf
+        dense = math.inf
+        if dense_fits:
+            dense = products + copies * (n**3 / 3 / _FLOPS + 8 * _PASSES * n**2 / _BYTES)
         sparse_fits = analysis.bytes_before <= self.direct.room
         sparse = products + min(analysis.products, n**2) / _ORDERED if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "A^H A would not fit into memory"
