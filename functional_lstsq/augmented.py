@@ -25,13 +25,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .holder import Holder, by_number
+from .holder import by_name
 from .kernel import describe_primal, solve_kernel
 from .products import multiply, sample
 from .result import Report
 from .transforms import (
     Primitive,
     concrete,
+    differentiate,
     in_graph,
     is_traced,
     join_columns,
@@ -46,9 +47,8 @@ from .transforms import (
 class Static:
     m: int
     n: int
-    settings: int
+    settings: str
     on_failure: str
-    holder: Holder
 
     def derivative(self) -> Static:
         """For the solves of a rule: what failed under throw=False has NaN for a derivative."""
@@ -57,93 +57,102 @@ class Static:
 
 class Solve(Primitive):
     @classmethod
-    def forward(cls, static: Static, values, damp, b, c, known, indices):
-        key = 0 if is_traced(values) else static.holder.key
+    def forward(cls, static: Static, values, damp, b, c, known, token, indices):
         tensors = [None if t is None else t.contiguous() for t in (values, damp, b, c, known)]
-        return solve_kernel(*tensors, indices, static.m, static.n, static.settings, key, static.on_failure)
+        return solve_kernel(*tensors, token, indices, static.m, static.n, static.settings, static.on_failure)
 
     @classmethod
     def setup_context(cls, ctx, inputs, output):
         super().setup_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
+        ctx.mark_non_differentiable(output[2], output[3])
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        values, damp, _, c, _, indices = inputs
-        r, x, report = outputs
-        r_bar, x_bar, _ = cotangents
+        values, damp, _, c, _, token, indices = inputs
+        r, x, report, made = outputs
+        r_bar, x_bar, _, _ = cotangents
         if r_bar is None and x_bar is None:
-            return (None,) * 6
+            return (None,) * 7
+        token = made if token is None else token
         static, m, n = static.derivative(), static.m, static.n
-        primal, minimum_norm = None, by_number[static.settings].minimum_norm
+        primal, minimum_norm = None, by_name(static.settings).minimum_norm
         if needed[0] and report.shape[1]:  # which a given solver does not fill in
             # l_x may serve the gradient by the values alone.
             relaxed = c is None and not needed[1]
             primal = describe_primal(r, x, report, relaxed=relaxed)
-        l_r, l_x, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, indices)
+        l_r, l_x, _, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, token, indices)
         values_bar = damp_bar = None
         if needed[0]:
             left, right = [-l_r, -r], [x, l_x]
             if minimum_norm:
-                u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
+                u_r, _, _, _ = cls.apply(static, values, damp, None, x, None, token, indices)
                 left.append(u_r)
-                right.append(_outside(static, values, damp, l_r, l_x, x_bar, report, indices))
+                right.append(_outside(static, values, damp, l_r, l_x, x_bar, report, token, indices))
                 if c is not None:
-                    v_r, _, _ = cls.apply(static, values, damp, None, l_x, None, indices)
+                    v_r, _, _, _ = cls.apply(static, values, damp, None, l_x, None, token, indices)
                     left.append(v_r)
-                    right.append(_outside(static, values, damp, r, x, c, report, indices))
+                    right.append(_outside(static, values, damp, r, x, c, report, token, indices))
             values_bar = sample(torch.cat(left, -1), torch.cat(right, -1), indices, m, n)
         if needed[1]:
             damp_bar = 2 * damp * (l_x.conj() * x).sum((1, 2)).real
-        return values_bar, damp_bar, l_r if needed[2] else None, l_x if needed[3] else None, None, None
+        return values_bar, damp_bar, l_r if needed[2] else None, l_x if needed[3] else None, None, None, None
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
-        values, damp, _, c, _, indices = inputs
-        r, x, report = outputs
-        values_dot, damp_dot, b_dot, c_dot, _, _ = tangents
+        values, damp, _, c, _, token, indices = inputs
+        r, x, report, made = outputs
+        values_dot, damp_dot, b_dot, c_dot, _, _, _ = tangents
+        token = made if token is None else token
         static, m, n = static.derivative(), static.m, static.n
         beyond = None
         if values_dot is not None:
             b_dot = _minus(b_dot, multiply(values_dot, x, indices, m, n, False))
             c_dot = _minus(c_dot, multiply(values_dot, r, indices, m, n, True))
-            if by_number[static.settings].minimum_norm:
+            if by_name(static.settings).minimum_norm:
                 if c is not None:
-                    lost = _outside(static, values, damp, r, x, c, report, indices)
+                    lost = _outside(static, values, damp, r, x, c, report, token, indices)
                     lost = multiply(values_dot, lost, indices, m, n, False)
-                    _, w_x, _ = cls.apply(static, values, damp, lost, None, None, indices)
+                    _, w_x, _, _ = cls.apply(static, values, damp, lost, None, None, token, indices)
                     c_dot = c_dot + w_x
-                u_r, _, _ = cls.apply(static, values, damp, None, x, None, indices)
+                u_r, _, _, _ = cls.apply(static, values, damp, None, x, None, token, indices)
                 beyond = multiply(values_dot, u_r, indices, m, n, True)
         if damp_dot is not None:
             c_dot = _minus(c_dot, -2 * (damp * damp_dot)[:, None, None] * x)
         if b_dot is None and c_dot is None:
-            return torch.zeros_like(r), torch.zeros_like(x), None
-        r_dot, x_dot, _ = cls.apply(static, values, damp, b_dot, c_dot, None, indices)
+            return torch.zeros_like(r), torch.zeros_like(x), None, None
+        r_dot, x_dot, _, _ = cls.apply(static, values, damp, b_dot, c_dot, None, token, indices)
         if beyond is not None:
-            q_r, q_x, _ = cls.apply(static, values, damp, None, beyond, None, indices)
-            x_dot = x_dot + _outside(static, values, damp, q_r, q_x, beyond, report, indices)
-        return r_dot, x_dot, None
+            q_r, q_x, _, _ = cls.apply(static, values, damp, None, beyond, None, token, indices)
+            x_dot = x_dot + _outside(static, values, damp, q_r, q_x, beyond, report, token, indices)
+        return r_dot, x_dot, None, None
 
     @classmethod
-    def vmap(cls, info, in_dims, static, values, damp, b, c, known, indices):
-        _, of_values, of_damp, of_b, of_c, of_known, _ = in_dims
+    def vmap(cls, info, in_dims, static, values, damp, b, c, known, token, indices):
+        _, of_values, of_damp, of_b, of_c, of_known, _, _ = in_dims
         size = info.batch_size
         if of_values is None and of_damp is None:
             b, c = join_columns(b, of_b, size), join_columns(c, of_c, size)
-            outputs = cls.apply(static, values, damp, b, c, join_columns(known, of_known, size), indices)
-            return tuple(split_columns(output, size) for output in outputs), (2, 2, 2)
+            *outputs, token = cls.apply(static, values, damp, b, c, join_columns(known, of_known, size), token, indices)
+            return (*(split_columns(output, size) for output in outputs), token), (2, 2, 2, None)
         dims = (of_values, of_damp, of_b, of_c, of_known)
         joined = [join_matrices(t, dim, size) for t, dim in zip((values, damp, b, c, known), dims, strict=True)]
-        outputs = cls.apply(static, *joined, indices)
-        return tuple(split_matrices(output, size) for output in outputs), (0, 0, 0)
+        *outputs, token = cls.apply(static, *joined, token, indices)
+        return (*(split_matrices(output, size) for output in outputs), token), (0, 0, 0, None)
+
+
+differentiate(
+    solve_kernel,
+    lambda values, damp, b, c, known, token, indices, m, n, settings, on_failure: Solve.apply(
+        Static(m, n, settings, on_failure), values, damp, b, c, known, token, indices
+    ),
+)
 
 
 def _minus(x: Tensor | None, y: Tensor) -> Tensor:
     return -y if x is None else x - y
 
 
-def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tensor, indices: Tensor) -> Tensor:
+def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tensor, token, indices: Tensor) -> Tensor:
     """(N t)_x = c - A^H r + d^2 x where (r, x) = K^+ t: the part of c that A does not reach; 0 for full rank.
 
     Rounding in A^H r is as large as A's largest columns make it, in all of them, so what is left is taken apart again.
@@ -160,7 +169,8 @@ def _outside(static: Static, values, damp, r, x, c: Tensor | None, report: Tenso
     if not is_traced(values) and not bool(concrete(deficient).any()):
         return torch.zeros_like(once)
     # The solution of this solve is rounding, which no relative error can be asked of.
-    again_r, again_x, _ = Solve.apply(replace(static, on_failure="accept"), values, damp, None, once, None, indices)
+    anything = replace(static, on_failure="accept")
+    again_r, again_x, _, _ = Solve.apply(anything, values, damp, None, once, None, token, indices)
     return torch.where(deficient, leftover(again_r, again_x, once), 0.0)
 
 
@@ -173,7 +183,7 @@ def solve_augmented(
     indices: Tensor,
     m: int,
     n: int,
-    settings: int,
+    settings: str,
     on_failure: str,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,8 +192,8 @@ def solve_augmented(
     Args:
         values: (P, nnz), m x n matrices with m >= n on the pattern of `indices`.
         damp: (P,) or None; b: (P, m, k) or None for zero; c: (P, n, k) or None for zero.
-        settings: the number of a `Settings`.
+        settings: the name of a `Settings`.
         start: (P, n, k), about x, for methods that can make use of it; no derivative flows through it.
         on_failure: "raise"; "return" (what was reached, NaN without a solution); "nan"; "accept" (anything).
     """
-    return Solve.apply(Static(m, n, settings, on_failure, Holder()), values, damp, b, c, start, indices)
+    return Solve.apply(Static(m, n, settings, on_failure), values, damp, b, c, start, None, indices)[:3]

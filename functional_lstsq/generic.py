@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .augmented import Solve
-from .holder import number_of
+from .holder import name_of
 from .lstsq import lstsq as solve_lstsq
 from .matrix import SparseMatrix
 
@@ -82,9 +82,9 @@ def _solve_as_given(A: Tensor, B: Tensor, lstsq: Solver, transpose_lstsq: Solver
     matrix = SparseMatrix.from_torch(A)
     with torch._C._DisableFuncTorch():
         given = _Given(A.detach(), lstsq, transpose_lstsq, B.ndim == 1)
-    static = _Static(*matrix.shape, number_of(None, False, torch.finfo(A.dtype).eps), "raise", given)
+    static = _Static(*matrix.shape, name_of(None, False, torch.finfo(A.dtype).eps), "raise", given)
     columns = B[None] if B.ndim == 2 else B[None, :, None]
-    X = _SolveAsGiven.apply(static, matrix.values[None], None, columns, None, None, matrix.pattern.indices)[1][0]
+    X = _SolveAsGiven.apply(static, matrix.values[None], None, columns, None, None, None, matrix.pattern.indices)[1][0]
     return X if B.ndim == 2 else X[:, 0]
 
 
@@ -113,7 +113,7 @@ class _Given:
 class _Static:
     m: int
     n: int
-    settings: int
+    settings: str
     on_failure: str
     given: _Given
 
@@ -125,7 +125,7 @@ class _SolveAsGiven(Solve):
     """K (r, x) = (b, c) by the two given solvers: y = (A^T)^+ c,  x = A^+ (b - y),  r = b - A x."""
 
     @classmethod
-    def forward(cls, static, values, damp, b, c, primal, indices):
+    def forward(cls, static, values, damp, b, c, primal, token, indices):
         m, n, given = static.m, static.n, static.given
         if values.shape[0] != 1:
             raise RuntimeError("a batch of matrices cannot go to a given solver; leave lstsq and transpose_lstsq out")
@@ -134,7 +134,8 @@ class _SolveAsGiven(Solve):
         y = zero if c is None else given.call("transpose_lstsq", c[0], m)
         x = given.call("lstsq", b - y, n)
         r = y + (b - y - given.A @ x)
-        return r[None], x[None], r.new_zeros((1, 0, r.shape[1])).real  # there is nothing to report
+        # There is nothing to report, and no factor.
+        return r[None], x[None], r.new_zeros((1, 0, r.shape[1])).real, torch.zeros(1, dtype=torch.int64)
 
 
 class _TallOnly(torch.autograd.Function):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import sys
 import weakref
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from .pattern import SparsePattern
 from .products import Operator
-from .solvers import Auto
+from .solvers import CGLS, Auto, Dense, Direct
 from .solvers.system import System
 from .transforms import constant
 
@@ -27,35 +29,84 @@ class Settings(NamedTuple):
     wide: bool = False  # the user's matrix is the adjoint
 
 
-_numbers: dict[Settings, int] = {}
-by_number: list[Settings] = []
+class Name(str):
+    """The text that stands for settings: a graph passes tensors, numbers and texts only."""
+
+    settings: Settings
+
+
+_HERE = "a solver of one process only, number"
+_numbers = itertools.count(1)
+_names: weakref.WeakValueDictionary[Settings, Name] = weakref.WeakValueDictionary()
+_named: weakref.WeakValueDictionary[str, Name] = weakref.WeakValueDictionary()
+_kept: dict[str, Name] = {}
 
 
 @constant
-def number_of(
+def name_of(
     solver: Any,
     minimum_norm: bool,
     precision: float,
     extended: bool = False,
     exact: bool = True,
     wide: bool = False,
-) -> int:
-    """The number that stands for these settings, equal ones sharing one: a compiled graph passes numbers only.
+    keep: bool = False,
+) -> str:
+    """The name of these settings, equal ones sharing one.
 
-    It is kept for good, since a graph may come back to it, so reuse solver objects rather than making one a call.
+    It lives as long as something holds it: a graph of autograd, or with `keep`, for a compiled graph, the process.
     """
     settings = Settings(Auto() if solver is None else solver, minimum_norm, precision, extended, exact, wide)
-    if settings not in _numbers:
-        _numbers[settings] = len(by_number)
-        by_number.append(settings)
-    return _numbers[settings]
+    name = _names.get(settings)
+    if name is None:
+        text = repr(settings)
+        try:
+            told = _read(text) == settings
+        except (KeyError, SyntaxError, TypeError, ValueError):
+            told = False
+        name = Name(text if told else f"{_HERE} {next(_numbers)}: {text}")
+        name.settings = settings
+        _names[settings] = _named[str(name)] = name
+        if told:  # there are few of them
+            _kept[name] = name
+    if keep:
+        _kept[name] = name
+    return str(name) if keep else name
+
+
+def by_name(text: str) -> Settings:
+    """The settings that `name_of` gave this name, in this process or in another, whose graph was saved."""
+    name = _named.get(text)
+    if name is None:
+        if text.startswith(_HERE):
+            raise ValueError(
+                f"this graph was saved with {text}, which does not exist here; for graphs that are loaded by other "
+                "processes use solvers of this library, without a callback or a preconditioner of your own"
+            )
+        name = _named[text] = _kept[text] = Name(text)
+        name.settings = _read(text)
+    return name.settings
+
+
+def _read(name: str) -> Settings:
+    """What has this `repr`."""
+    kinds = {kind.__name__: kind for kind in (Settings, Auto, CGLS, Dense, Direct)}
+
+    def build(node: ast.expr) -> Any:
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        assert isinstance(node.func, ast.Name)
+        return kinds[node.func.id](**{str(part.arg): build(part.value) for part in node.keywords})
+
+    return build(ast.parse(name, mode="eval").body)
 
 
 class Holder:
     """The factors of one matrix, for as long as the autograd graph that needs them lives.
 
-    Made for each call and kept by its graph alone. The kernel fills it in the forward solve and finds it filled in
-    every derivative, whatever the transformation, as long as it is asked for the same values.
+    Made for each solve and kept by the memory of its token, a tensor that the solve gives and its derivatives are
+    given: so a graph keeps it, compiled or not, and nothing else does. Derivatives find the factors as long as they
+    ask for the same values.
     """
 
     __slots__ = ("__weakref__", "damp", "factors", "key", "solves", "system", "values", "version")
@@ -72,6 +123,18 @@ class Holder:
     def __init__(self):
         self.key, self.factors, self.solves = next(Holder.numbers), None, 0
         Holder.living[self.key] = self
+
+    def token(self) -> Tensor:
+        """A tensor of one number, this holder's, whose memory keeps it alive."""
+        memory = _Memory(self.key.to_bytes(8, sys.byteorder))
+        memory.holder = self
+        return torch.frombuffer(memory, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, token: Tensor | None) -> Holder:
+        """The holder of a token; a new one if there is none any more."""
+        living = None if token is None else cls.living.get(int(token))
+        return living or cls()
 
     def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
         """(system, factors), made afresh if `values` or `damp` are not those of last time."""
@@ -96,6 +159,10 @@ class Holder:
         if damp is None or self.damp is None:
             return damp is self.damp
         return torch.equal(damp, self.damp)
+
+
+class _Memory(bytearray):
+    holder: Holder
 
 
 def _version(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .holder import Holder, by_number
+from .holder import Holder, by_name
 from .pattern import SparsePattern, find_pattern
 from .products import Operator
 from .result import (
@@ -38,44 +38,47 @@ def _solve_kernel(
     b: Tensor | None,
     c: Tensor | None,
     known: Tensor | None,
+    token: Tensor | None,
     indices: Tensor,
     m: int,
     n: int,
-    settings: int,
-    holder: int,
+    settings: str,
     on_failure: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = values.resolve_conj()
-    wanted, copies = by_number[settings], values.shape[0]
+    wanted, copies = by_name(settings), values.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
     # Of an adjoint solve the other part is what the user sees.
     forward = (b if wanted.wide else c) is None and (known is None or known.shape[1] == n)
     b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
-    _require_finite(values=values, damp=damp, b=b, c=c)
+    start = known if known is not None and known.shape[1] == n else None
+    _require_finite(values=values, damp=damp, b=b, c=c, x0=start)
+    if damp is not None and bool((damp < 0).any()):
+        raise ValueError(f"damp must not be negative, got {float(damp.min()):g}")
     if not (copies and m and n and k):
         nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=values.device) for _ in Report._fields))
         nothing = nothing._replace(method=nothing.method + method_code("none"))
-        return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1)
-    keeper = Holder.living.get(holder) or Holder()
+        return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1), torch.zeros(1, dtype=torch.int64)
+    keeper = Holder.of(token)
     pattern = find_pattern(indices, m, n)
     if on_failure == "raise" and damp is None and not wanted.minimum_norm:
         _require_matching(pattern, wanted.wide)
     system, factors = keeper.prepare(wanted, values, damp, pattern)
-    parts, start = [], 0
+    parts, first = [], 0
     with system.accepting_anything() if on_failure == "accept" else nullcontext():
-        while start < k:
-            part = slice(start, start + _width(factors, copies * (m + n), k))
+        while first < k:
+            part = slice(first, first + _width(factors, copies * (m + n), k))
             told = None if known is None else known[:, :, part]
             parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
-            start = part.stop
+            first = part.stop
     r, x, report = parts[0]
     if len(parts) > 1:
         r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
         report = Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
     if forward and wanted.precision > 1e-10:
         report = _rounded(report, r if wanted.wide else x, "residual_error" if wanted.wide else "solution_error")
-    report = report._replace(ticket=torch.full_like(report.status, keeper.key if holder else 0))
+    report = report._replace(ticket=torch.full_like(report.status, keeper.key))
     keeper.solves += 1
     if keeper.solves > 1 and on_failure != "accept":
         remember_derivative(keeper.key, float(torch.maximum(report.residual_error, report.solution_error).max()))
@@ -84,7 +87,8 @@ def _solve_kernel(
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
-    return r, x, torch.stack(list(report), 1)
+    token = keeper.token() if token is None else torch.zeros(1, dtype=torch.int64)
+    return r.contiguous(), x.contiguous(), torch.stack(list(report), 1), token
 
 
 def _width(factors: Any, rows: int, columns: int) -> int:
@@ -212,15 +216,16 @@ def _require_finite(**tensors: Tensor | None) -> None:
         raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 
-def _solve_fake(values, damp, b, c, known, indices, m, n, settings, holder, on_failure):
+def _solve_fake(values, damp, b, c, known, token, indices, m, n, settings, on_failure):
     copies, k = values.shape[0], (b if b is not None else c).shape[2]
     report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
-    return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report
+    token = values.new_empty((1,), dtype=torch.int64, device="cpu")
+    return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report, token
 
 
 solve_kernel = define(
-    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? known, Tensor indices, SymInt m, SymInt n, "
-    "int settings, int holder, str on_failure) -> (Tensor, Tensor, Tensor)",
+    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? known, Tensor? token, Tensor indices, SymInt m, "
+    "SymInt n, str settings, str on_failure) -> (Tensor, Tensor, Tensor, Tensor)",
     _solve_kernel,
     _solve_fake,
 )

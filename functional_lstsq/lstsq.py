@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .augmented import solve_augmented
-from .holder import number_of
+from .holder import name_of
 from .layouts import LAYOUTS
 from .matrix import DTYPES, SparseMatrix, product, single
 from .products import sample
@@ -144,7 +144,7 @@ class _Problem(NamedTuple):
     b: Tensor
     damp: Tensor | None
     weights: Tensor | None
-    settings: int
+    settings: str
     dtype: torch.dtype
     x0: Tensor | None
 
@@ -240,13 +240,14 @@ def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         _check_numbers(name, tensor)
     if refine not in ("auto", "extended"):
         raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
-    settings = number_of(
+    settings = name_of(
         solver,
         minimum_norm=rank_deficient == "minimum_norm",
         precision=torch.finfo(dtype).eps,
         extended=refine == "extended",
         exact=weights is None,
-        wide=m < A.shape[1],
+        wide=True if m < A.shape[1] else False,  # noqa: SIM210 (to Dynamo, whose sizes are symbols, a constant)
+        keep=torch.compiler.is_compiling(),
     )
     double = torch.promote_types(dtype, torch.float64)
     A = SparseMatrix(A.values.to(double), A.pattern)

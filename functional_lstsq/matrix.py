@@ -93,9 +93,14 @@ class SparseMatrix:
         """The conjugate transpose."""
         return SparseMatrix(self.values.conj(), self.pattern.T)
 
-    def __matmul__(self, X: Tensor) -> Tensor:
-        """A X for a dense X of shape (n,) or (n, k), differentiable by both, to any order. Cost: 2 nnz k operations."""
+    def matmul(self, X: Tensor) -> Tensor:
+        """A X for a dense X of shape (n,) or (n, k), differentiable by both, to any order. Cost: 2 nnz k operations.
+
+        `A @ X` is the same; torch.compile takes `A.matmul(X)` only.
+        """
         return product(self, X)
+
+    __matmul__ = matmul
 
     def to(self, *args: Any, **options: Any) -> SparseMatrix:
         """Like `torch.Tensor.to`: another dtype or device, values and pattern together."""
@@ -205,7 +210,11 @@ def _unflatten(leaves: Any, pattern: SparsePattern) -> SparseMatrix:
 
 
 torch_pytree.register_pytree_node(
-    SparseMatrix, _flatten, _unflatten, serialized_type_name="functional_lstsq.SparseMatrix"
+    SparseMatrix,
+    _flatten,
+    _unflatten,
+    serialized_type_name="functional_lstsq.SparseMatrix",
+    flatten_with_keys_fn=lambda A: ([(torch_pytree.GetAttrKey("values"), A.values)], A.pattern),
 )
 cast(Any, optree.register_pytree_node)(
     SparseMatrix,

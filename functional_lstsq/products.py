@@ -22,6 +22,7 @@ from .pattern import Orientation, SparsePattern, find_pattern
 from .transforms import (
     Primitive,
     define,
+    differentiate,
     in_graph,
     join_columns,
     join_matrices,
@@ -269,6 +270,12 @@ class _Sample(Primitive):
         size = info.batch_size
         U, W = (lead(tensor, dim, size).flatten(0, 1) for tensor, dim in ((U, of_U), (W, of_W)))
         return split_matrices(sample(U, W, indices, static.m, static.n), size), 0
+
+
+differentiate(
+    _multiply, lambda values, X, indices, m, n, adjoint: _Multiply.apply(_Shape(m, n, adjoint), values, X, indices)
+)
+differentiate(_sample, lambda U, W, indices, m, n: _Sample.apply(_Shape(m, n), U, W, indices))
 
 
 @in_graph

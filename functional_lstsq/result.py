@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .transforms import concrete
@@ -107,11 +108,14 @@ class SolveInfo(NamedTuple):
     def adjoint_error(self) -> float:
         """Estimated relative forward error of the last further solve with these factors, for a VJP or a JVP.
 
-        NaN before there is one; the worst of its columns. Only the last thousand solves are remembered, and none that
-        was compiled.
+        NaN before there is one; the worst of its columns. Only the last thousand solves of a process are remembered.
         """
         ticket = concrete(self.ticket)
         return derivative_errors.get(int(ticket.max()), float("nan")) if ticket.numel() else float("nan")
+
+    def __reduce__(self):
+        codes = torch.cat([concrete(code).reshape(-1) for code in (self.method_code, self.tried_code)]).unique()
+        return _restore, (tuple(self), {code: _methods[code] for code in codes.tolist()})
 
     def __repr__(self) -> str:
         numbers = {name: getattr(self, name) for name in self._fields[2:9]}
@@ -120,6 +124,21 @@ class SolveInfo(NamedTuple):
             f"SolveInfo(status={self.status!r}, method={self.method!r}, {', '.join(shown)}, tried={self.tried!r}, "
             f"adjoint_error={self.adjoint_error:.2g})"
         )
+
+
+def _restore(numbers: tuple[Tensor, ...], names: dict[int, str]) -> SolveInfo:
+    """What was pickled, by another process maybe, where other codes stand for the names."""
+    info = SolveInfo(*numbers)
+    here = {code: method_code(name) for code, name in names.items()}
+
+    def translated(codes: Tensor) -> Tensor:
+        return torch.tensor([here[code] for code in codes.reshape(-1).tolist()], device=codes.device).view(codes.shape)
+
+    return info._replace(
+        method_code=translated(info.method_code),
+        tried_code=translated(info.tried_code),
+        ticket=torch.zeros_like(info.ticket),
+    )
 
 
 def _show(tensor: Tensor) -> str:
@@ -134,6 +153,10 @@ class Solution(NamedTuple):
     x: Tensor
     residual: Tensor
     info: SolveInfo
+
+
+for _kind in (SolveInfo, Solution):  # for torch.export
+    torch_pytree._register_namedtuple(_kind, serialized_type_name=f"functional_lstsq.{_kind.__name__}")
 
 
 def check(report: Report, full: int, accept: float, minimum_norm: bool, dependent: Callable[[int], str]) -> None:

@@ -8,6 +8,7 @@ and mix follow by recursion.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
 )
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 _library = torch.library.Library("functional_lstsq", "DEF")
 
 
@@ -32,17 +35,41 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     zero under `jacfwd`, so derivatives are the business of `Primitive`, one floor above.
     """
 
-    def in_its_own_precision(*args: Any) -> Any:
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return kernel(*args)
-        with torch.autocast(device, enabled=False):
+    def plainly(*args: Any) -> Any:
+        with ExitStack() as stack:
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            # The mode under which a compiled graph runs for the first time leaves these keys out: x.conj() would be x.
+            for key in _LAZY:
+                if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+                    stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
             return kernel(*args)
 
     name = _library.define(schema)
-    _library.impl(name, in_its_own_precision, "CompositeExplicitAutograd")
+    _library.impl(name, plainly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"functional_lstsq::{name}", fake, lib=_library)
     return getattr(torch.ops.functional_lstsq, name).default
+
+
+def differentiate(operation: Any, apply: Callable) -> None:
+    """Give an operation that is called outside of its primitive, by an exported program, the primitive's rules.
+
+    Args:
+        apply: takes the operation's arguments and calls the primitive.
+    """
+
+    def with_rules(*args: Any) -> Any:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return apply(*args)
+        forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        if forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    _library.impl(operation._schema.name.split("::")[1], with_rules, "Autograd")
 
 
 def constant(function: Callable) -> Callable:
@@ -79,8 +106,10 @@ def concrete(tensor: Tensor) -> Tensor:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether `tensor` stands for values to come: a compiler is recording."""
-    return torch.compiler.is_compiling() or type(concrete(tensor)) not in (Tensor, torch.nn.Parameter)
+    """Whether `tensor` stands for values to come: a compiler or a tracer is recording."""
+    if torch.compiler.is_compiling() or type(concrete(tensor)) not in (Tensor, torch.nn.Parameter):
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 class Primitive(torch.autograd.Function):
