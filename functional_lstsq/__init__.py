@@ -5,15 +5,17 @@ from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
 from .pattern import SparsePattern
 from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
-from .solvers import CGLS, Auto, Dense, Direct
+from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor
 
 __version__ = "0.1.0"
 __all__ = [
     "CGLS",
     "Auto",
+    "BlockJacobi",
     "ConvergenceError",
     "Dense",
     "Direct",
+    "GramFactor",
     "RankDeficientError",
     "Solution",
     "SolveInfo",

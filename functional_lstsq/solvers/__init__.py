@@ -10,5 +10,6 @@ from .auto import Auto
 from .cgls import CGLS
 from .dense import Dense
 from .direct import Direct
+from .precondition import BlockJacobi, GramFactor
 
-__all__ = ["CGLS", "Auto", "Dense", "Direct"]
+__all__ = ["CGLS", "Auto", "BlockJacobi", "Dense", "Direct", "GramFactor"]

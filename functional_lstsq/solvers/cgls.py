@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..products import Operator
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
 from .conjugate import Normal, Run, cgls, iterate
+from .precondition import prepared
 from .refine import refine, report
 from .system import System, check_number, noise, norm
 
@@ -31,6 +32,7 @@ _CONTRACTION = 0.05  # of corrections after the first solve
 _SINGLE_CONTRACTION = 1e-4
 _SINGLE_CONDITION = 30
 _SINGLE_ENTRIES = 500_000
+_INVERSE_ITERATIONS = 8
 _SOLVES = 5  # a solve and its adjoint take about so many times the iterations that find the known solutions
 
 
@@ -44,12 +46,16 @@ class CGLS:
             times the tolerance if that is larger.
         max_iterations: per run; an answer that is not reached by then raises `ConvergenceError`.
         callback: called with (iteration, norm of the gradient) after every iteration.
+        preconditioner: about (A^H A + damp^2)^-1, Hermitian and positive definite: `BlockJacobi`, a `GramFactor`, or
+            any callable that takes g of shape (n, k) in double precision and gives as much; where A is wide, A A^H is
+            meant. It is called with plain tensors, whatever the transformation. None: columns scaled to norm 1.
     """
 
     tolerance: float | None = None
     accept: float | None = None
     max_iterations: int = 20_000
     callback: Callable[[int, float], object] | None = None
+    preconditioner: Any = None
 
     def __post_init__(self):
         check_number("tolerance", self.tolerance, optional=True, below=1)
@@ -59,6 +65,9 @@ class CGLS:
         check_number("max_iterations", self.max_iterations)
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
+        given = self.preconditioner
+        if given is not None and (isinstance(given, type) or not (callable(given) or hasattr(given, "prepare"))):
+            raise TypeError(f"preconditioner must be callable, or a BlockJacobi, got {given!r}")
 
     def prepare(self, system: System, *, minimum_norm: bool) -> Iteration:
         """Find the extreme singular values of `system`; the result solves for any right-hand side."""
@@ -89,7 +98,8 @@ class Iteration:
         self.settings, self.system, self.patience = settings, system, patience
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
         large = system.A.values.numel() >= _SINGLE_ENTRIES and system.accept < 1
-        self.single = _Single.of(system) if large else None
+        self.single = _Single.of(system) if large and settings.preconditioner is None else None
+        self.given = None if settings.preconditioner is None else prepared(settings.preconditioner, system)
         self._measure()
 
     def _measure(self) -> None:
@@ -111,6 +121,8 @@ class Iteration:
                 self.single, self.smallest = None, torch.full_like(self.smallest, torch.inf)
         if self.single is None or bool(self._missed(known).any()):
             known = self._find(system, known)
+        if self.given is not None:
+            self._look_for_the_weakest(self.given)
         smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
         self.smallest, self.largest = smallest, largest
         self.deficient = smallest <= system.tolerance * largest
@@ -118,6 +130,18 @@ class Iteration:
         self.unseen = ~self.deficient & self._missed(known).any(1, keepdim=True)
         # So weak a direction is hidden in the rounding errors of A^H A.
         self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
+
+    def _look_for_the_weakest(self, apply: Callable[[Tensor], Tensor]) -> None:
+        """Inverse iteration by the preconditioner; a good one finds known solutions before singular values show."""
+        system = self.system
+        v = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
+        for _ in range(_INVERSE_ITERATIONS):
+            v = apply(v)
+            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            energy = norm(system.A.matmul(v)).square()
+            if system.d2 is not None:
+                energy = energy + norm(system.d2.sqrt() * v).square()
+            self.smallest = torch.minimum(self.smallest, energy.sqrt() / norm(system.norms * v))
 
     def _missed(self, left: Tensor) -> Tensor:
         # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
@@ -147,7 +171,8 @@ class Iteration:
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             missing = wanted - y
-            error, energy, gradient = norm(norms * missing), energy_of(r, missing), gamma.sqrt()
+            error, energy = norm(norms * missing), energy_of(r, missing)
+            gradient = gamma.sqrt() if self.given is None else norm(g / norms)
             seen = (energy > floor) & (error > 0)
             ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
             self.smallest = torch.minimum(self.smallest, ratio)
@@ -165,7 +190,7 @@ class Iteration:
             target,
             b,
             c,
-            lambda g: g * inverse,
+            self.given or (lambda g: g * inverse),
             converged,
             limit=settings.max_iterations,
             drop=False,
@@ -261,9 +286,15 @@ class Iteration:
             return torch.maximum(limit * norm(weight * whole), slope * norm(r) + floor[:, live]).square()
 
         settings = self.settings
-        return cgls(
-            system, b, c, lambda g: g * inverse, goal, limit=settings.max_iterations, callback=settings.callback
-        )
+        if self.given is None:
+            return cgls(
+                system, b, c, lambda g: g * inverse, goal, limit=settings.max_iterations, callback=settings.callback
+            )
+
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
+            return norm(g / norms).square() <= goal(r, y, live)  # gamma is of a norm of which nothing is known
+
+        return iterate(system, b, c, self.given, converged, limit=settings.max_iterations, callback=settings.callback)
 
     def _run_single(self, b: Tensor, c: Tensor) -> Run:
         """As `_run`, in single precision, for right-hand sides of any size."""
