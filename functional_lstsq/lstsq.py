@@ -211,7 +211,7 @@ def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         if isinstance(damp, Tensor) and damp.ndim == 0 and not damp.is_complex():
             damp = damp.to(device=A.device, dtype=real)
         elif isinstance(damp, (int, float)) and not isinstance(damp, bool):
-            damp = torch.full((), damp, dtype=real, device=A.device)
+            damp = torch.zeros((), dtype=real, device=A.device) + damp  # torch.full is compiled anew for each number
         else:
             got = f"shape {tuple(damp.shape)}, {damp.dtype}" if isinstance(damp, Tensor) else repr(damp)
             raise TypeError(f"damp must be a non-negative number or a 0-d real tensor, got {got}")

@@ -214,6 +214,8 @@ torch_pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="functional_lstsq.SparseMatrix",
+    to_dumpable_context=lambda pattern: [pattern.indices.tolist(), list(pattern.shape)],
+    from_dumpable_context=lambda told: SparsePattern(torch.tensor(told[0]).view(2, -1), tuple(told[1])),
     flatten_with_keys_fn=lambda A: ([(torch_pytree.GetAttrKey("values"), A.values)], A.pattern),
 )
 cast(Any, optree.register_pytree_node)(

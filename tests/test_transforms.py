@@ -222,39 +222,6 @@ def test_factors_die_with_their_graph():
     assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_is_as_eager(shape, backend):
-    pattern, values, b = problem(*shape)
-    V, B = torch.stack([values, values + 0.1]), torch.stack([b, b + 1])
-
-    def f(values, b):
-        return fl.lstsq(fl.SparseMatrix(values, pattern), b)
-
-    def loss(values, b):
-        return f(values, b).sin().sum()
-
-    def damped(values, b):
-        return fl.lstsq(fl.SparseMatrix(values, pattern), b, damp=0.3, weights=b.abs() + 1).sin().sum()
-
-    cases = [
-        (f, values, b),
-        (vmap(f), V, B),
-        (grad(loss), values, b),
-        (grad(damped), values, b),
-        (vmap(grad(loss)), V, B),
-        (jacrev(f), values, b),
-        (jacfwd(f), values, b),
-        (hessian(loss), values, b),
-        (jacfwd(jacfwd(loss)), values, b),
-        (lambda v, b: grad(lambda A: fl.lstsq(A, b).sum())(fl.SparseMatrix(v, pattern)).values, values, b),
-        (lambda v, b: fl.solve(fl.SparseMatrix(v, pattern), b).info.forward_error, values, b),
-    ]
-    for function, *inputs in cases:
-        torch._dynamo.reset()
-        close(torch.compile(function, backend=backend, fullgraph=True)(*inputs), function(*inputs), 1e-10)
-
-
 def test_autocast_leaves_a_solve_in_its_own_precision():
     pattern, values, b = problem(6, 3, dtype=torch.float32)
     A = fl.SparseMatrix(values, pattern)
