@@ -3,6 +3,7 @@
 from .generic import sparse_generic_lstsq
 from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
+from .operator import JacobianOperator, LinearOperator
 from .pattern import SparsePattern
 from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
 from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor
@@ -16,6 +17,8 @@ __all__ = [
     "Dense",
     "Direct",
     "GramFactor",
+    "JacobianOperator",
+    "LinearOperator",
     "RankDeficientError",
     "Solution",
     "SolveInfo",

@@ -6,13 +6,12 @@ import ast
 import itertools
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pattern import SparsePattern
-from .products import Operator
 from .solvers import CGLS, Auto, Dense, Direct
 from .solvers.system import System
 from .transforms import constant
@@ -109,12 +108,12 @@ class Holder:
     ask for the same values.
     """
 
-    __slots__ = ("__weakref__", "damp", "factors", "key", "solves", "system", "values", "version")
+    __slots__ = ("__weakref__", "damp", "factors", "key", "solves", "system", "values", "versions")
     key: int
     solves: int  # made so far
-    values: Tensor
+    values: tuple[Tensor, ...]
     damp: Tensor | None
-    version: int
+    versions: list[int]
     system: System
     factors: Any
     living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
@@ -136,25 +135,20 @@ class Holder:
         living = None if token is None else cls.living.get(int(token))
         return living or cls()
 
-    def prepare(self, settings: Settings, values: Tensor, damp: Tensor | None, pattern: SparsePattern):
+    def prepare(
+        self, settings: Settings, values: tuple[Tensor, ...], damp: Tensor | None, make: Callable[[], System]
+    ) -> tuple[System, Any]:
         """(system, factors), made afresh if `values` or `damp` are not those of last time."""
         if not self._holds(values, damp):
-            self.system = System(
-                Operator(pattern, values),
-                damp,
-                settings.precision,
-                extended=settings.extended,
-                exact=settings.exact,
-            )
+            self.system = make()
             self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
-            self.values, self.version, self.damp = values, _version(values), damp
+            self.values, self.versions, self.damp = values, [_version(tensor) for tensor in values], damp
         return self.system, self.factors
 
-    def _holds(self, values: Tensor, damp: Tensor | None) -> bool:
-        if self.factors is None or self.values.shape != values.shape or _version(self.values) != self.version:
+    def _holds(self, values: tuple[Tensor, ...], damp: Tensor | None) -> bool:
+        if self.factors is None or [_version(tensor) for tensor in self.values] != self.versions:
             return False
-        same = self.values.data_ptr() == values.data_ptr() and self.values.stride() == values.stride()
-        if not (same or torch.equal(self.values, values)):
+        if not all(_same(old, new) for old, new in zip(self.values, values, strict=True)):
             return False
         if damp is None or self.damp is None:
             return damp is self.damp
@@ -163,6 +157,12 @@ class Holder:
 
 class _Memory(bytearray):
     holder: Holder
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    if old.shape != new.shape:
+        return False
+    return (old.data_ptr() == new.data_ptr() and old.stride() == new.stride()) or torch.equal(old, new)
 
 
 def _version(tensor: Tensor) -> int:

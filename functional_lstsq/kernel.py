@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .holder import Holder, by_name
+from .holder import Holder, Settings, by_name
 from .pattern import SparsePattern, find_pattern
 from .products import Operator
 from .result import (
@@ -45,26 +46,52 @@ def _solve_kernel(
     settings: str,
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values = values.resolve_conj()
-    wanted, copies = by_name(settings), values.shape[0]
+    values, wanted = values.resolve_conj(), by_name(settings)
+
+    def make() -> System:
+        pattern = find_pattern(indices, m, n)
+        if on_failure == "raise" and damp is None and not wanted.minimum_norm:
+            _require_matching(pattern, wanted.wide)
+        return System(Operator(pattern, values), damp, wanted.precision, extended=wanted.extended, exact=wanted.exact)
+
+    return solve_plainly(values, {"values": (values,)}, damp, b, c, known, token, m, n, wanted, on_failure, make)
+
+
+def solve_plainly(
+    like: Tensor,
+    numbers: dict[str, tuple[Tensor, ...]],
+    damp: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    known: Tensor | None,
+    token: Tensor | None,
+    m: int,
+    n: int,
+    wanted: Settings,
+    on_failure: str,
+    make: Callable[[], System],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r, x, report, token), of plain tensors, for the system that `make` gives and the `numbers` that it is made of.
+
+    Args:
+        like: (P, ...), for the dtype and the device.
+    """
+    copies = like.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
     # Of an adjoint solve the other part is what the user sees.
     forward = (b if wanted.wide else c) is None and (known is None or known.shape[1] == n)
-    b = values.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
-    c = values.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
+    b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
+    c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     start = known if known is not None and known.shape[1] == n else None
-    _require_finite(values=values, damp=damp, b=b, c=c, x0=start)
+    _require_finite(**numbers, damp=(damp,), b=(b,), c=(c,), x0=(start,))
     if damp is not None and bool((damp < 0).any()):
         raise ValueError(f"damp must not be negative, got {float(damp.min()):g}")
     if not (copies and m and n and k):
-        nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=values.device) for _ in Report._fields))
+        nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=like.device) for _ in Report._fields))
         nothing = nothing._replace(method=nothing.method + method_code("none"))
         return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1), torch.zeros(1, dtype=torch.int64)
     keeper = Holder.of(token)
-    pattern = find_pattern(indices, m, n)
-    if on_failure == "raise" and damp is None and not wanted.minimum_norm:
-        _require_matching(pattern, wanted.wide)
-    system, factors = keeper.prepare(wanted, values, damp, pattern)
+    system, factors = keeper.prepare(wanted, sum(numbers.values(), ()), damp, make)
     parts, first = [], 0
     with system.accepting_anything() if on_failure == "accept" else nullcontext():
         while first < k:
@@ -208,8 +235,8 @@ def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, relaxed: bool) -> T
     return torch.cat([*rows, r, x], 1)
 
 
-def _require_finite(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _require_finite(**numbers: tuple[Tensor | None, ...]) -> None:
+    for name, tensor in ((name, tensor) for name, tensors in numbers.items() for tensor in tensors):
         # A sum needs no temporary; of large finite numbers it may still overflow.
         if tensor is None or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .augmented import solve_augmented
 from .holder import name_of
 from .layouts import LAYOUTS
-from .matrix import DTYPES, SparseMatrix, product, single
+from .matrix import DTYPES, SparseMatrix, single
+from .matrix_free import solve_matrix_free
+from .operator import LinearOperator
 from .products import sample
 from .result import Report, Solution, SolveInfo
+from .solvers import CGLS, Auto
 from .transforms import concrete, is_traced, prepare_compiler
 
 
 def lstsq(
-    A: SparseMatrix | Tensor,
+    A: SparseMatrix | LinearOperator | Tensor,
     b: Tensor,
     *,
     damp: float | Tensor | None = None,
@@ -34,7 +38,8 @@ def lstsq(
     respect to A are values at its stored entries only.
 
     Args:
-        A: (m, n) SparseMatrix, or torch sparse COO (coalesced or not), CSR or CSC tensor, of full rank.
+        A: (m, n) SparseMatrix, or torch sparse COO (coalesced or not), CSR or CSC tensor, of full rank; or a
+            LinearOperator, which is solved by `CGLS`, with unscaled columns and rank_deficient="raise".
         b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
         damp: non-negative number or 0-d real tensor, in units of A; None for no damping.
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
@@ -84,7 +89,7 @@ def lstsq(
 
 
 def solve(
-    A: SparseMatrix | Tensor,
+    A: SparseMatrix | LinearOperator | Tensor,
     b: Tensor,
     *,
     damp: float | Tensor | None = None,
@@ -133,14 +138,15 @@ def solve(
     )
     solution = _shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and weights is None
-    residual = _shaped(r, problem) if is_residual else problem.b - product(problem.A, solution)
+    residual = _shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
     return Solution(solution.to(problem.dtype), residual.to(problem.dtype), info)
 
 
 class _Problem(NamedTuple):
     """Checked arguments, in double precision, and the dtype of the results."""
 
-    A: SparseMatrix
+    A: SparseMatrix | LinearOperator
+    shape: tuple[int, int]
     b: Tensor
     damp: Tensor | None
     weights: Tensor | None
@@ -150,27 +156,30 @@ class _Problem(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        return self.A.shape[0] < self.A.shape[1]
+        return self.shape[0] < self.shape[1]
 
 
 def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, 0); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
-    A, b, damp, weights, settings, _, x0 = problem
+    A, (m, n), b, damp, weights, settings, _, x0 = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
+    damp = None if damp is None else damp[None]
+    start = x0 if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
+    if isinstance(A, LinearOperator):
+        if weights is not None:
+            root = weights.sqrt()
+            A, columns = A.weighted(root), root.to(columns.dtype)[None, :, None] * columns
+        return solve_matrix_free(A, m, n, damp, columns, start, settings, on_failure)
     pattern, values = A.pattern, A.values
     if weights is not None:
         root = weights.sqrt().to(values.dtype)[None, :, None]
         ones = values.new_ones((1, pattern.shape[1], 1))
         values = values * sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
         columns = root * columns
-    damp = None if damp is None else damp[None]
     if not problem.wide:
-        m, n = pattern.shape
-        start = x0 if x0 is None else x0[None] if x0.ndim == 2 else x0[None, :, None]
         return solve_augmented(values[None], damp, columns, None, pattern.indices, m, n, settings, on_failure, start)
-    n, m = pattern.shape
     values = torch.conj_physical(values)
-    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, m, n, settings, on_failure)
+    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure)
 
 
 def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
@@ -187,19 +196,26 @@ def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         prepare_compiler()
     if isinstance(A, Tensor) and A.layout in LAYOUTS:
         A = SparseMatrix.from_torch(A)
-    if not isinstance(A, SparseMatrix):
+    if not isinstance(A, (SparseMatrix, LinearOperator)):
         got = type(A).__name__
         if isinstance(A, Tensor):
             got = f"a dense tensor of shape {tuple(A.shape)}" if A.layout == torch.strided else f"layout {A.layout}"
-        raise TypeError(f"A must be a SparseMatrix or a torch sparse COO, CSR or CSC tensor, got {got}")
-    single(A, "A")
-    m, _ = A.shape
+        raise TypeError(
+            f"A must be a SparseMatrix, a LinearOperator or a torch sparse COO, CSR or CSC tensor, got {got}"
+        )
+    if isinstance(A, LinearOperator):
+        solver = _of_operator(solver, rank_deficient, refine)
+        numbers = torch_pytree.tree_leaves(A.params)
+    else:
+        single(A, "A")
+        numbers = [A.values]
+    m, n = A.shape
     if not isinstance(b, Tensor) or b.layout != torch.strided:
         got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
         raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}")
     if b.ndim not in (1, 2) or b.shape[0] != m:
         hint = "; for a batch of right-hand sides use torch.vmap, or columns" if b.ndim > 2 else ""
-        raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {A.shape}, got {tuple(b.shape)}{hint}")
+        raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {(m, n)}, got {tuple(b.shape)}{hint}")
     if b.device != A.device:
         raise ValueError(f"b is on {b.device}, A is on {A.device}")
     dtype = torch.promote_types(A.dtype, b.dtype)
@@ -229,14 +245,14 @@ def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
     if rank_deficient not in ("raise", "minimum_norm"):
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
     if x0 is not None:
-        wanted = (A.shape[1], *b.shape[1:])
+        wanted = (n, *b.shape[1:])
         if not isinstance(x0, Tensor) or x0.layout != torch.strided:
             raise TypeError(f"x0 must be a dense tensor of shape {wanted}, got {type(x0).__name__}")
         if x0.shape != wanted:
             raise ValueError(f"x0 must have the shape of x, {wanted}, got {tuple(x0.shape)}")
         if x0.device != A.device or torch.promote_types(x0.dtype, dtype) != dtype:
             raise ValueError(f"x0 must be {dtype} on {A.device}, got {x0.dtype} on {x0.device}")
-    for name, tensor in (("A", A.values), ("b", b), ("damp", damp), ("weights", weights), ("x0", x0)):
+    for name, tensor in (*(("A", t) for t in numbers), ("b", b), ("damp", damp), ("weights", weights), ("x0", x0)):
         _check_numbers(name, tensor)
     if refine not in ("auto", "extended"):
         raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
@@ -246,13 +262,27 @@ def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         precision=torch.finfo(dtype).eps,
         extended=refine == "extended",
         exact=weights is None,
-        wide=True if m < A.shape[1] else False,  # noqa: SIM210 (to Dynamo, whose sizes are symbols, a constant)
+        wide=True if m < n else False,  # noqa: SIM210 (to Dynamo, whose sizes are symbols, a constant)
         keep=torch.compiler.is_compiling(),
     )
     double = torch.promote_types(dtype, torch.float64)
-    A = SparseMatrix(A.values.to(double), A.pattern)
+    A = A.double(double) if isinstance(A, LinearOperator) else SparseMatrix(A.values.to(double), A.pattern)
     x0 = None if x0 is None else x0.detach().to(double)
-    return _Problem(A, b.to(double), damp, weights, settings, dtype, x0)
+    return _Problem(A, (m, n), b.to(double), damp, weights, settings, dtype, x0)
+
+
+def _of_operator(solver: Any, rank_deficient: str, refine: str) -> CGLS:
+    """The solver for a LinearOperator, whose entries are not known."""
+    if torch.compiler.is_compiling():
+        raise TypeError("torch.compile cannot take a LinearOperator; compile what makes its parameters")
+    if solver is None or isinstance(solver, Auto):
+        solver = CGLS() if solver is None else solver.cgls
+    if not isinstance(solver, CGLS):
+        raise TypeError(f"solver must be CGLS() or None for a LinearOperator, got {solver!r}")
+    if rank_deficient == "minimum_norm" or refine == "extended":
+        got = "refine='extended'" if refine == "extended" else "rank_deficient='minimum_norm'"
+        raise ValueError(f"a LinearOperator allows no {got}, which needs the entries of A")
+    return solver
 
 
 def _check_numbers(name: str, tensor: Tensor | None) -> None:

@@ -121,7 +121,7 @@ def test_errors_name_the_argument():
     nan = b.clone()
     nan[1] = torch.nan
     for call, error, message in [
-        (lambda: fl.lstsq(A.to_dense(), b), TypeError, r"A must be a SparseMatrix .* got a dense tensor"),
+        (lambda: fl.lstsq(A.to_dense(), b), TypeError, r"A must be a SparseMatrix, .* got a dense tensor"),
         (lambda: fl.lstsq(A, b[:5]), ValueError, r"b must have shape \(6,\) or \(6, k\) .* got \(5,\)"),
         (lambda: fl.lstsq(A, b[None]), ValueError, r"b must have shape"),
         (lambda: fl.lstsq(A, b[:, None, None]), ValueError, r"use torch\.vmap"),

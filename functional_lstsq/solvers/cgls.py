@@ -97,7 +97,7 @@ class Iteration:
     def __init__(self, settings: CGLS, system: System, patience: float = float("inf")):
         self.settings, self.system, self.patience = settings, system, patience
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
-        large = system.A.values.numel() >= _SINGLE_ENTRIES and system.accept < 1
+        large = system.entries >= _SINGLE_ENTRIES and system.accept < 1
         self.single = _Single.of(system) if large and settings.preconditioner is None else None
         self.given = None if settings.preconditioner is None else prepared(settings.preconditioner, system)
         self._measure()
@@ -149,7 +149,8 @@ class Iteration:
 
     def _find(self, target: Normal, known: Tensor) -> Tensor:
         """What is left of `known` when it has been solved for; notes extreme singular values on the way."""
-        system, real = self.system, target.A.values.real.dtype
+        system = self.system
+        real = torch.float64 if target is system else torch.float32
         size = known.abs().amax(1, keepdim=True)  # single precision has a small range
         wanted, norms = (known / size).to(target.A.dtype), system.norms.to(real)
         b = target.A.matmul(wanted)
@@ -278,7 +279,7 @@ class Iteration:
         inverse, eps = norms.square().reciprocal(), torch.finfo(b.dtype).eps
         limit = tolerance / 2 * self.smallest.square()
         # Of A^H r alone: beside a large damping A is far smaller than [A; d].
-        size = torch.minimum(self.largest, torch.linalg.vector_norm(self.system.A.values, dim=1, keepdim=True))
+        size = torch.minimum(self.largest, self.system.size)
         floor, slope = 10 * eps * norm(c / norms), 10 * eps * size
 
         def goal(r: Tensor, y: Tensor, live: Tensor) -> Tensor:

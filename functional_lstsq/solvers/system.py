@@ -64,10 +64,10 @@ class System:
         exact: bool = True,
     ):
         self.precision, self.extended, self.exact = precision, extended, exact
-        # Singular values below this fraction of the largest count as zero: noise in the data, and of computing them.
-        self.tolerance = 4 * (precision + EPS * max(operator.m, operator.n, 1) ** 0.5)
+        self.tolerance = tolerance_of(precision, operator.m, operator.n)
         self.accept = precision ** (1 / 3)  # largest relative error that is accepted; a solver may set it
         self.m, self.n, self.copies = operator.m, operator.n, operator.copies
+        self.entries = operator.values.numel()
         columns = operator.pattern.indices[1].expand(self.copies, -1)
         damp = None if damp is None else damp.abs()[:, None]
         largest, squares = _column_sizes(operator.values.abs(), columns, damp, self.n)
@@ -93,6 +93,11 @@ class System:
             yield
         finally:
             self.accept = kept
+
+    @cached_property
+    def size(self) -> Tensor:
+        """Frobenius norm of A alone (P, 1)."""
+        return torch.linalg.vector_norm(self.A.values, dim=1, keepdim=True)
 
     @cached_property
     def magnitude(self) -> Operator:
@@ -124,6 +129,11 @@ class System:
         second = EPS * (c.abs() + self.magnitude.adjoint(size[0]) + self.damped(size[1]))
         first, second = (torch.cat([s, s], 2) for s in (first, second))
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
+
+
+def tolerance_of(precision: float, m: int, n: int) -> float:
+    """The fraction of the largest below which singular values are zero: noise in the data, and of computing them."""
+    return 4 * (precision + EPS * max(m, n, 1) ** 0.5)
 
 
 def _column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
