@@ -19,6 +19,7 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 _PARTS = {
@@ -70,13 +71,13 @@ def put_together(values: Tensor, pointers: Tensor, inner: Tensor, shape: tuple, 
     return _plain(_Compressed, values, pointers, inner, tuple(shape), layout)
 
 
-def _plain(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+def _plain(function: type[_SingleLevelFunction], *args: Any) -> Tensor:
     """`function.apply` for plain autograd, whatever transformation of torch.func is under way."""
     with enable_single_level_autograd_function():
-        return cast(Any, super(torch.autograd.Function, function)).apply(*args)
+        return cast(Any, function).apply(*args)
 
 
-class _Values(torch.autograd.Function):
+class _Values(_SingleLevelFunction):
     @staticmethod
     def forward(A: Tensor) -> Tensor:
         return A.detach().values().clone()
@@ -94,7 +95,7 @@ class _Values(torch.autograd.Function):
         return put_together(bar, pointers, inner, ctx.shape, ctx.layout)
 
 
-class _Compressed(torch.autograd.Function):
+class _Compressed(_SingleLevelFunction):
     @staticmethod
     def forward(values: Tensor, pointers: Tensor, inner: Tensor, shape: tuple, layout: torch.layout) -> Tensor:
         return _PARTS[layout][2](pointers, inner, values.contiguous(), shape, check_invariants=False)
