@@ -1,5 +1,6 @@
 """Differentiable sparse least squares, as pure functions for torch.func."""
 
+from .diagnostics import condition, covariance, covariance_diagonal, jacobian_operator, leave_one_out, leverage
 from .generic import sparse_generic_lstsq
 from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
@@ -24,6 +25,12 @@ __all__ = [
     "SolveInfo",
     "SparseMatrix",
     "SparsePattern",
+    "condition",
+    "covariance",
+    "covariance_diagonal",
+    "jacobian_operator",
+    "leave_one_out",
+    "leverage",
     "lstsq",
     "solve",
     "sparse_generic_lstsq",

@@ -83,9 +83,9 @@ def lstsq(
     tensor([[ 0.6667,  0.3333, -0.3333],
             [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
     """
-    problem = _pose(A, b, damp, weights, solver, rank_deficient, refine, x0)
-    r, x, _ = _run(problem, "raise")
-    return _shaped(r if problem.wide else x, problem).to(problem.dtype)
+    problem = pose(A, b, damp, weights, solver, rank_deficient, refine, x0)
+    r, x, _ = run(problem, "raise")
+    return shaped(r if problem.wide else x, problem).to(problem.dtype)
 
 
 def solve(
@@ -121,9 +121,9 @@ def solve(
     >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
     ('converged', True)
     """
-    problem = _pose(A, b, damp, weights, solver, rank_deficient, refine, x0)
-    r, x, numbers = _run(problem, "raise" if throw else "return")
-    report = Report(*(_shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))
+    problem = pose(A, b, damp, weights, solver, rank_deficient, refine, x0)
+    r, x, numbers = run(problem, "raise" if throw else "return")
+    report = Report(*(shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))
     info = SolveInfo(
         status_code=report.status.to(torch.int64),
         method_code=report.method.to(torch.int64),
@@ -136,9 +136,9 @@ def solve(
         tried_code=report.tried.to(torch.int64),
         ticket=report.ticket.to(torch.int64),
     )
-    solution = _shaped(r if problem.wide else x, problem)
+    solution = shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and weights is None
-    residual = _shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
+    residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
     return Solution(solution.to(problem.dtype), residual.to(problem.dtype), info)
 
 
@@ -159,8 +159,8 @@ class _Problem(NamedTuple):
         return self.shape[0] < self.shape[1]
 
 
-def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, x, report) of K (r, x) = (b, 0); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
+def run(problem: _Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, x, report) of K (r, x) = (b, c); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
     A, (m, n), b, damp, weights, settings, _, x0 = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
     damp = None if damp is None else damp[None]
@@ -177,12 +177,12 @@ def _run(problem: _Problem, on_failure: str) -> tuple[Tensor, Tensor, Tensor]:
         values = values * sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
         columns = root * columns
     if not problem.wide:
-        return solve_augmented(values[None], damp, columns, None, pattern.indices, m, n, settings, on_failure, start)
+        return solve_augmented(values[None], damp, columns, c, pattern.indices, m, n, settings, on_failure, start)
     values = torch.conj_physical(values)
     return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure)
 
 
-def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
+def shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
     """(1, rows, k) -> (rows, k) or (rows,); (1, 1, k) -> (k,) or () for numbers of columns."""
     columns = columns[0]
     if problem.b.ndim == 1:
@@ -190,7 +190,7 @@ def _shaped(columns: Tensor, problem: _Problem, single_dims: int = 1) -> Tensor:
     return columns if single_dims else columns[0]
 
 
-def _pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
+def pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
     """Check every argument before any work; one clear error each."""
     if torch.compiler.is_compiling():
         prepare_compiler()

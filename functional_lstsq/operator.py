@@ -110,6 +110,15 @@ class LinearOperator:
 
     __matmul__ = matmul
 
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """A^H Y for Y of shape (m,) or (m, k)."""
+        if Y.ndim == 2:
+            return torch.vmap(self.adjoint, 1, 1)(Y)
+        if self.rmatvec is not None:
+            return self.rmatvec(self.params, Y.to(self.dtype))
+        origin = torch.zeros(self.in_size, dtype=self.dtype, device=self.device)
+        return torch.func.vjp(lambda x: self.matvec(self.params, x), origin)[1](Y.to(self.dtype))[0]
+
     def weighted(self, root: Tensor) -> LinearOperator:
         """diag(root) A, of which `root` (m,) is a parameter too."""
         adjoint = None if self.rmatvec is None else _WeightedAdjoint(self.rmatvec)

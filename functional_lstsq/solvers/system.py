@@ -159,13 +159,14 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents.clamp(-1021, 1023))
 
 
-def noise(like: Tensor) -> Tensor:
-    """Random reals of either sign, sizes from 1/2 to 3/2, the same ones every time.
+def noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Random reals of either sign, sizes from 1/2 to 3/2, the same ones every time for one seed.
 
     Sizes differ, since vectors of signs alone are orthogonal to the differences of half of all pairs of columns. Taken
     from a hash, since vmap refuses random operations.
     """
-    h = torch.arange(1, like.numel() + 1, device=like.device) * 0x2545F4914F6CDD1D
+    first = 1 + seed * like.numel()
+    h = torch.arange(first, first + like.numel(), device=like.device) * 0x2545F4914F6CDD1D
     h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
     h = h ^ (h >> 29)
     size = 0.5 + ((h >> 8) & 0xFFFFFF).to(torch.float64) / 2**24
