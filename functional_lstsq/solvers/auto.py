@@ -35,7 +35,6 @@ _PATIENCE = 100  # iterations whose time a factor must take for iterating to be 
 _SOLVE = 2.2  # times the iterations that find a known solution, in a solve
 _FEW = 15  # of these iterations, at least
 _FACTORED = 4  # iterations that take as long as a solve with a factor
-_OVER = 2  # how much dearer than a factor an iteration for many columns must be to be left for it
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Step(NamedTuple):
             return False
         iterations = _FEW if prepared is None else float(prepared.iterations.max())
         seconds = _SOLVE * iterations * columns * self.iteration / 2
-        return seconds > _OVER * (self.factor + _FACTORED * columns * self.iteration)
+        return seconds > self.factor + _FACTORED * columns * self.iteration
 
 
 class _Chain:
