@@ -164,7 +164,7 @@ def run(problem: _Problem, on_failure: str, c: Tensor | None = None) -> tuple[Te
     A, (m, n), b, damp, weights, settings, _, x0 = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
     damp = None if damp is None else damp[None]
-    start = x0 if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
+    start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
     if isinstance(A, LinearOperator):
         if weights is not None:
             root = weights.sqrt()
@@ -205,11 +205,10 @@ def pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         )
     if isinstance(A, LinearOperator):
         solver = _of_operator(solver, rank_deficient, refine)
-        numbers = torch_pytree.tree_leaves(A.params)
+        numbers, (m, n) = torch_pytree.tree_leaves(A.params), A.checked_shape()
     else:
         single(A, "A")
-        numbers = [A.values]
-    m, n = A.shape
+        numbers, (m, n) = [A.values], A.shape
     if not isinstance(b, Tensor) or b.layout != torch.strided:
         got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
         raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}")

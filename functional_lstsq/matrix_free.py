@@ -22,6 +22,7 @@ from .operator import LinearOperator, Product
 from .solvers.system import EPS, System, noise, norm, power_of_two, tolerance_of
 from .transforms import Primitive, join_columns, join_matrices, split_columns, split_matrices
 
+_LINEAR = 1e-8  # relative deviation of products from linear ones that is taken for rounding
 _SLACK = 4  # rounding errors of a product, in units of |A| |x| eps
 
 
@@ -106,6 +107,7 @@ class SolveMatrixFree(Primitive):
             return (None,) * len(inputs)
         token, static = made if token is None else token, static.derivative()
         l_r, l_x, _, _ = cls.apply(static, damp, r_bar, x_bar, None, token, *leaves)
+        by_matvec = replace(static, rmatvec=None)  # which may be right without being differentiable
         bars: list[Tensor | None] = [None] * len(leaves)
         which = [i for i in range(len(leaves)) if needed[5 + i]]
         if which:
@@ -113,7 +115,7 @@ class SolveMatrixFree(Primitive):
             def product(*chosen: Tensor) -> Tensor:
                 changed = dict(zip(which, chosen, strict=True))
                 both = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return static.product(both, torch.cat([x, l_x], 2), adjoint=False)
+                return by_matvec.product(both, torch.cat([x, l_x], 2), adjoint=False)
 
             pull: Any = torch.func.vjp(product, *(leaves[i] for i in which))[1]
             for i, bar in zip(which, pull(-torch.cat([l_r, r], 2)), strict=True):
@@ -127,13 +129,14 @@ class SolveMatrixFree(Primitive):
         r, x, _, made = outputs
         damp_dot, b_dot, c_dot, _, _, *leaves_dot = tangents
         token, static = made if token is None else token, static.derivative()
+        by_matvec = replace(static, rmatvec=None)
         which = [i for i, tangent in enumerate(leaves_dot) if tangent is not None]
         if which:
 
             def products(*chosen: Tensor) -> tuple[Tensor, Tensor]:
                 changed = dict(zip(which, chosen, strict=True))
                 both = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return static.product(both, x, adjoint=False), static.product(both, r, adjoint=True)
+                return by_matvec.product(both, x, adjoint=False), by_matvec.product(both, r, adjoint=True)
 
             primals, moved = tuple(leaves[i] for i in which), tuple(leaves_dot[i] for i in which)
             changes: Any = torch.func.jvp(products, primals, moved)[1]
@@ -205,15 +208,16 @@ class _MatrixFreeSystem(System):
         self.norms = (size / unit).expand(-1, self.n, -1)
         self.weight = torch.ones_like(self.scale)
         self.empty = torch.zeros((self.copies, self.n), dtype=torch.bool, device=like.device)
-        self.A = _Products(static, leaves, unit, like)  # type: ignore[assignment]
+        products = _Products(static, leaves, unit, like)
+        self.A, self.unit = products, max(EPS, _deviation(products))  # type: ignore[assignment]
         self.damp = None if damp is None else (damp[:, None, None] / unit).expand(-1, self.n, -1)
         self.d2 = None if self.damp is None else self.damp.square()
 
     def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """As of `System`, where the entries are not known: their rounding errors are spread evenly."""
         even = self.size[:, None] * _SLACK
-        first = EPS * (b.abs() + r.abs() + even * (norm(y) / self.m**0.5)[:, None])
-        second = EPS * (c.abs() + self.damped(y.abs()) + even * (norm(r) / self.n**0.5)[:, None])
+        first = self.unit * (b.abs() + r.abs() + even * (norm(y) / self.m**0.5)[:, None])
+        second = self.unit * (c.abs() + self.damped(y.abs()) + even * (norm(r) / self.n**0.5)[:, None])
         first, second = (torch.cat([s, s], 2) for s in (first, second))
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
 
@@ -224,6 +228,43 @@ class _MatrixFreeSystem(System):
     @property
     def exact_residuals(self):
         raise NotImplementedError("the entries of a LinearOperator are not known")
+
+
+def _deviation(products: _Products) -> float:
+    """By how much, relatively, products fail to be linear and to be each other's adjoints, for random vectors.
+
+    So much rounding errors, or a slightly wrong adjoint, may change every product. A function that is far from linear,
+    or from the adjoint, has no least-squares solution that could be found.
+    """
+
+    def tried(multiply: Any, rows: int, name: str) -> tuple[Tensor, Tensor, float]:
+        like = torch.empty((products.copies, rows, 2), dtype=torch.float64, device=products.device)
+        u = noise(like, 1)
+        if products.dtype.is_complex:
+            u = torch.complex(u, noise(like, 2))
+        u, w = u.split(1, 2)
+        factor = 1j if products.dtype.is_complex else -1.0
+        Au, Aw, both, many, turned = multiply(torch.cat([u, w, u + 3 * w, 1000 * u, factor * u], 2)).split(1, 2)
+        size = torch.maximum(norm(Au), norm(Aw)).clamp_min(torch.finfo(torch.float64).tiny)
+        off = torch.stack([norm(both - Au - 3 * Aw), norm(many - 1000 * Au) / 1000, norm(turned - factor * Au)])
+        worst = float((off / size).max())
+        if not worst <= _LINEAR:
+            raise ValueError(
+                f"{name} must be linear{' over complex numbers' if products.dtype.is_complex else ''}, got a relative "
+                f"difference of {worst:.1e} between products of sums or multiples and sums or multiples of products"
+            )
+        return u, Au, worst
+
+    wide = products.static.wide
+    u, Au, first = tried(products.matmul, products.n, "rmatvec" if wide else "matvec")
+    v, Av, second = tried(products.adjoint, products.m, "matvec" if wide else "rmatvec")
+    apart = ((v.conj() * Au).sum((1, 2)) - (Av.conj() * u).sum((1, 2))).abs()
+    size = (norm(v) * norm(Au) + norm(Av) * norm(u))[:, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    # Of a difference between the two, random vectors see a part in the root of their length.
+    third = float((apart / size).max()) * max(products.m, products.n) ** 0.5
+    if not third <= _LINEAR:
+        raise ValueError(f"rmatvec must be the adjoint of matvec, got a relative difference of about {third:.1e}")
+    return max(first, second, third)
 
 
 def solve_matrix_free(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
 
 from .matrix import DTYPES
 
@@ -32,7 +33,11 @@ class LinearOperator:
         rmatvec: `rmatvec(params, y)`, the adjoint, A^H y of shape (n,); None to have `torch.func.vjp` make it.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or size.
+        TypeError, ValueError: an argument of the wrong type or size. A solve raises ValueError where products of random
+            vectors are not linear, not each other's adjoints, or depend on other tensors that are being differentiated.
+
+    Estimated errors are those of x and of the adjoint solution; that a gradient by params keeps its digits where its
+    terms cancel is not judged.
 
     >>> import functional_lstsq as fl
     >>> def blur(kernel, x):
@@ -89,14 +94,34 @@ class LinearOperator:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n). Cost: one product."""
-        y = self.matvec(self.params, torch.zeros(self.in_size, dtype=self.dtype, device=self.device))
+        return self._measure(self.params)[0]
+
+    def checked_shape(self) -> tuple[int, int]:
+        """(m, n), if no derivative can be lost. Cost: one product.
+
+        What `matvec` takes from elsewhere than its parameters is out of sight of the rules that differentiate a solve.
+        """
+        differentiating = torch.is_grad_enabled()
+        with torch.enable_grad():
+            shape, y = self._measure(torch_pytree.tree_map(lambda leaf: leaf.detach(), self.params))
+        leaves = torch_pytree.tree_leaves(self.params)
+        hidden = set(_levels(y)) - {level for leaf in leaves for level in _levels(leaf)}
+        if hidden or (differentiating and y.requires_grad):
+            raise ValueError(
+                "matvec depends on tensors that are not in params and are being differentiated or transformed; their "
+                "derivatives would be lost: hand them over in params (or detach them)"
+            )
+        return shape
+
+    def _measure(self, params: Any) -> tuple[tuple[int, int], Tensor]:
+        y = self.matvec(params, torch.zeros(self.in_size, dtype=self.dtype, device=self.device))
         if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != self.dtype:
             got = f"{y.dtype}, shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
                 f"matvec must give a tensor of {self.dtype}, shape (m,), for x of {self.dtype}, shape "
                 f"({self.in_size},), got {got}"
             )
-        return y.shape[0], self.in_size
+        return (y.shape[0], self.in_size), y
 
     def matmul(self, X: Tensor) -> Tensor:
         """A X for X of shape (n,) or (n, k)."""
@@ -139,6 +164,13 @@ class LinearOperator:
             return f"LinearOperator(shape={self.shape}, dtype={self.dtype})"
         except Exception:  # a pytree's leaf may be anything
             return f"LinearOperator(params={self.params!r}, in_size={self.in_size}, dtype={self.dtype})"
+
+
+def _levels(tensor: Tensor) -> Iterator[int]:
+    """Of torch.func, that a tensor belongs to."""
+    while is_functorch_wrapped_tensor(tensor):
+        yield maybe_get_level(tensor)
+        tensor = get_unwrapped(tensor)
 
 
 @dataclass(frozen=True)

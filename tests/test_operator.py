@@ -183,3 +183,63 @@ def test_bad_input_is_refused(make, error, words):
 def solved(matvec, rmatvec=None, p=None, **options):
     p = torch.ones(3, dtype=torch.float64) if p is None else p
     return fl.lstsq(fl.LinearOperator(matvec, p, 3, rmatvec=rmatvec), torch.ones(3).double(), **options)
+
+
+def test_maps_that_are_not_linear_or_not_adjoint_are_refused():
+    p = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def solve(matvec, p, rmatvec=None):
+        return fl.lstsq(
+            fl.LinearOperator(matvec, p, p.shape[1], p.dtype, rmatvec=rmatvec), p[:, 0].abs(), solver=SOLVER
+        )
+
+    for A in (p, p.T.contiguous()):
+        for curve in (torch.tanh, torch.abs, lambda x: x + 1e-4 * x.sin(), lambda x: x + 1e-5 * x.square()):
+            with pytest.raises(ValueError, match="must be linear"):
+                solve(lambda A, x, curve=curve: A @ curve(x), A)
+        with pytest.raises(ValueError, match="must be linear"):
+            solve(lambda A, x: A @ x + 1e-3, A)
+        for error in (1.0, 1e-3, 1e-6):
+            with pytest.raises(ValueError, match="rmatvec must be the adjoint of matvec"):
+                solve(lambda A, x: A @ x, A, lambda A, y, e=error: (A * (1 + e * A.cos())).T @ y)
+        with pytest.raises(ValueError, match="must be linear over complex numbers"):
+            solve(lambda A, x: A @ x.conj(), A.to(torch.complex128))
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)], ids=str)
+def test_an_adjoint_need_not_be_differentiable(shape):
+    p = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b = torch.arange(float(shape[0]), dtype=torch.float64)
+
+    def f(p):
+        operator = fl.LinearOperator(lambda p, x: p @ x, p, shape[1], rmatvec=lambda p, y: p.detach().T @ y)
+        return fl.lstsq(operator, b, solver=SOLVER)
+
+    for transform in (jacrev, jacfwd):
+        close(transform(f)(p), transform(lambda p: torch.linalg.pinv(p) @ b)(p), 1e-8)
+
+
+def test_derivatives_by_what_is_not_in_params_are_not_lost_silently():
+    p, s = torch.eye(4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    b = torch.arange(4.0, dtype=torch.float64)
+
+    def f(s, p=p):
+        return fl.lstsq(fl.LinearOperator(lambda p, x: s * (p @ x), p, 4), b)
+
+    close(f(s), b / 2, 1e-12)
+    for call in (
+        lambda: f(s.clone().requires_grad_()),
+        lambda: grad(lambda s: f(s).sum())(s),
+        lambda: grad(lambda s: f(s, p * s).sum())(s),
+        lambda: jacfwd(f)(s),
+        lambda: vmap(f)(torch.stack([s, s])),
+    ):
+        with pytest.raises(ValueError, match="not in params"):
+            call()
+    with torch.no_grad():
+        close(f(s.clone().requires_grad_()), b / 2, 1e-12)
+
+
+def test_a_start_for_a_wide_operator_is_left_alone():
+    _, got, v, b = pair((5, 12))
+    close(got(v, b, x0=torch.ones(12, dtype=torch.float64)), got(v, b), 1e-12)

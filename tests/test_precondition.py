@@ -119,3 +119,22 @@ def test_bad_settings_of_preconditioners_are_refused():
     pattern, values, _ = problem(12, 4)
     with pytest.raises(TypeError, match="solver must be"):
         fl.GramFactor(fl.SparseMatrix(values, pattern), solver=fl.CGLS())
+
+
+def test_a_preconditioner_cannot_hide_a_weak_direction():
+    """A factor of another matrix, weak elsewhere, sees little of the direction in which A is weak."""
+
+    def matrix(singular_values):
+        g = torch.Generator().manual_seed(12)
+        U, V = (torch.linalg.qr(torch.randn(k, 6, generator=g, dtype=torch.float64)).Q for k in (12, 6))
+        return fl.SparseMatrix.from_torch((U * torch.tensor(singular_values, dtype=torch.float64) @ V.T).to_sparse()), U
+
+    (A, U), (other, _) = matrix([1, 1, 1, 1, 1, 1e-5]), matrix([1, 1, 1e-5, 4e-7, 4e-7, 4e-7])
+    b = 1e-5 * U[:, 5] + 1e-6 * U[:, 0]
+    got = fl.solve(A, b, solver=fl.CGLS(preconditioner=fl.GramFactor(other), max_iterations=2000), throw=False)
+    want, true = fl.lstsq(A, b), torch.linalg.cond(A.to_dense())
+    if got.info.status == "converged":
+        assert (got.x - want).norm() / want.norm() <= 10 * got.info.forward_error + 1e-12
+        assert true / 30 < got.info.condition < 30 * true
+    else:
+        assert got.info.forward_error > 1e-8

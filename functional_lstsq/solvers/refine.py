@@ -199,8 +199,8 @@ def _bound(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor, largest: 
     |e_y| <= |f_1| / sigma + |f_2| / sigma^2,  |e_r| <= |f_1| + |f_2| / sigma
     """
     sigma = smallest / 2  # an estimate is on the large side
-    first = 2 * EPS * (norm(b) + norm(r) + largest * norm(y))
-    second = 2 * EPS * (norm(c) + largest * norm(r))
+    first = 2 * system.unit * (norm(b) + norm(r) + largest * norm(y))
+    second = 2 * system.unit * (norm(c) + largest * norm(r))
     if system.d2 is not None:
         second = second + 2 * EPS * norm(system.d2 * y)
     shift = first / sigma + second / sigma.square()

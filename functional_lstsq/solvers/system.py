@@ -68,6 +68,7 @@ class System:
         self.accept = precision ** (1 / 3)  # largest relative error that is accepted; a solver may set it
         self.m, self.n, self.copies = operator.m, operator.n, operator.copies
         self.entries = operator.values.numel()
+        self.unit = EPS  # rounding of a product
         columns = operator.pattern.indices[1].expand(self.copies, -1)
         damp = None if damp is None else damp.abs()[:, None]
         largest, squares = _column_sizes(operator.values.abs(), columns, damp, self.n)
