@@ -10,9 +10,16 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
 
 from .matrix import DTYPES
+from .transforms import concrete
 
 Product = Callable[[Any, Tensor], Tensor]
 
@@ -104,9 +111,15 @@ class LinearOperator:
         differentiating = torch.is_grad_enabled()
         with torch.enable_grad():
             shape, y = self._measure(torch_pytree.tree_map(lambda leaf: leaf.detach(), self.params))
-        leaves = torch_pytree.tree_leaves(self.params)
-        hidden = set(_levels(y)) - {level for leaf in leaves for level in _levels(leaf)}
-        if hidden or (differentiating and y.requires_grad):
+        seen = {level for leaf in torch_pytree.tree_leaves(self.params) for level, _ in _levels(leaf)}
+        kinds = {level.level(): level.key() for level in get_interpreter_stack() or ()}
+        hidden = differentiating and concrete(y).requires_grad
+        for level, tensor in _levels(y):
+            kind = kinds.get(level)
+            hidden |= tensor.requires_grad or (kind == TransformType.Vmap and level not in seen)
+            if kind == TransformType.Jvp and level not in seen:
+                hidden |= torch._VF._unpack_dual(tensor, level=0)[1] is not None  # type: ignore[attr-defined]
+        if hidden:
             raise ValueError(
                 "matvec depends on tensors that are not in params and are being differentiated or transformed; their "
                 "derivatives would be lost: hand them over in params (or detach them)"
@@ -166,10 +179,10 @@ class LinearOperator:
             return f"LinearOperator(params={self.params!r}, in_size={self.in_size}, dtype={self.dtype})"
 
 
-def _levels(tensor: Tensor) -> Iterator[int]:
-    """Of torch.func, that a tensor belongs to."""
+def _levels(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The levels of torch.func that a tensor belongs to, with what it is there."""
     while is_functorch_wrapped_tensor(tensor):
-        yield maybe_get_level(tensor)
+        yield maybe_get_level(tensor), tensor
         tensor = get_unwrapped(tensor)
 
 
