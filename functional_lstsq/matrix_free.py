@@ -9,7 +9,6 @@ Both cost one further solve, as `augmented` tells; whatever is differentiated in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +72,8 @@ class _Static:
 
 
 class SolveMatrixFree(Primitive):
+    constants = (2, 3)
+
     @classmethod
     def forward(cls, static: _Static, damp, b, c, start, token, *leaves):
         given = b if b is not None else c
@@ -92,11 +93,6 @@ class SolveMatrixFree(Primitive):
             static.on_failure,
             lambda: _MatrixFreeSystem(static, leaves, damp, wanted.precision, like),
         )
-
-    @classmethod
-    def setup_context(cls, ctx, inputs, output):
-        super().setup_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2], output[3])
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
@@ -207,7 +203,6 @@ class _MatrixFreeSystem(System):
         self.scale = unit.expand(-1, self.n, -1)
         self.norms = (size / unit).expand(-1, self.n, -1)
         self.weight = torch.ones_like(self.scale)
-        self.empty = torch.zeros((self.copies, self.n), dtype=torch.bool, device=like.device)
         products = _Products(static, leaves, unit, like)
         self.A, self.unit = products, max(EPS, _deviation(products))  # type: ignore[assignment]
         self.damp = None if damp is None else (damp[:, None, None] / unit).expand(-1, self.n, -1)
@@ -220,14 +215,6 @@ class _MatrixFreeSystem(System):
         second = self.unit * (c.abs() + self.damped(y.abs()) + even * (norm(r) / self.n**0.5)[:, None])
         first, second = (torch.cat([s, s], 2) for s in (first, second))
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
-
-    @cached_property
-    def magnitude(self):
-        raise NotImplementedError("the entries of a LinearOperator are not known")
-
-    @property
-    def exact_residuals(self):
-        raise NotImplementedError("the entries of a LinearOperator are not known")
 
 
 def _deviation(products: _Products) -> float:

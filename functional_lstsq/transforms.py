@@ -117,7 +117,10 @@ class Primitive(torch.autograd.Function):
 
     vjp_rule(static, inputs, outputs, cotangents, needed) returns one gradient (or None) for each tensor input,
     jvp_rule(static, inputs, outputs, tangents) one tangent for each output. Missing cotangents and tangents are None.
+    Outputs whose numbers are in `constants` have no derivative.
     """
+
+    constants: tuple[int, ...] = ()
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple, output: Any) -> None:
@@ -125,6 +128,7 @@ class Primitive(torch.autograd.Function):
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.static, ctx.count = static, len(tensors)
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(outputs[i] for i in cls.constants))
         ctx.save_for_backward(*tensors, *outputs)
         ctx.save_for_forward(*tensors, *outputs)
 

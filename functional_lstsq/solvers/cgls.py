@@ -139,15 +139,15 @@ class Iteration:
         system = self.system
         v = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
         zero = torch.zeros((system.copies, system.m, 2), dtype=v.dtype, device=v.device)
+        goal = 1e-3 / system.n**0.5
         for _ in range(2):
             v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            goal = 1e-3 / system.n**0.5
             run = iterate(
                 system,
                 zero,
                 -v,
                 apply,
-                lambda r, y, g, gamma, live: norm(g) <= goal,  # noqa: B023 (called in this turn of the loop)
+                lambda r, y, g, gamma, live: norm(g) <= goal,
                 limit=self.settings.max_iterations,
                 drop=False,
                 callback=self.settings.callback,
