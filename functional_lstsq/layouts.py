@@ -59,7 +59,7 @@ def _transformations(tensor: Tensor) -> list[TransformType | None]:
 def _take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
     if A.layout == torch.sparse_coo:
         A = A.coalesce()
-        return A.values(), A.indices()
+        return A.values().clone(), A.indices()  # not a view of a sparse tensor, which Dynamo could not take
     pointers, inner = (part(A) for part in _PARTS[A.layout][:2])
     outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=A.device), pointers.diff())
     pair = (outer, inner) if A.layout == torch.sparse_csr else (inner, outer)

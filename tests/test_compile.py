@@ -175,6 +175,14 @@ def test_bad_numbers_are_refused_by_compiled_graphs():
         compiled(VALUES * 0, B)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_values_taken_from_a_torch_tensor_compile(layout):
+    torch._dynamo.reset()
+    A = fl.SparseMatrix.from_torch(fl.SparseMatrix(VALUES, PATTERN).to_torch(layout))
+    compiled = torch.compile(lambda v: fl.lstsq(fl.SparseMatrix(v, A.pattern), B), backend="aot_eager", fullgraph=True)
+    close(compiled(A.values), fl.lstsq(A, B), 1e-10)
+
+
 class Model(torch.nn.Module):
     """Values of A from a small network, and the solution."""
 
