@@ -205,7 +205,8 @@ def pose(A, b, damp, weights, solver, rank_deficient, refine, x0) -> _Problem:
         )
     if isinstance(A, LinearOperator):
         solver = _of_operator(solver, rank_deficient, refine)
-        numbers, (m, n) = torch_pytree.tree_leaves(A.params), A.checked_shape()
+        numbers = torch_pytree.tree_leaves(A.params)
+        A, (m, n) = A.closed()
     else:
         single(A, "A")
         numbers, (m, n) = [A.values], A.shape

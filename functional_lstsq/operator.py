@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,16 +10,9 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    maybe_get_level,
-)
 
+from .closures import close
 from .matrix import DTYPES
-from .transforms import concrete
 
 Product = Callable[[Any, Tensor], Tensor]
 
@@ -101,40 +94,33 @@ class LinearOperator:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n). Cost: one product."""
-        return self._measure(self.params)[0]
+        origin = torch.zeros(self.in_size, dtype=self.dtype, device=self.device)
+        return self._checked(self.matvec(self.params, origin))
 
-    def checked_shape(self) -> tuple[int, int]:
-        """(m, n), if no derivative can be lost. Cost: one product.
+    def closed(self) -> tuple[LinearOperator, tuple[int, int]]:
+        """(the same, with products that hold no wrapped tensors, and its shape). Cost: one product, or one of each.
 
-        What `matvec` takes from elsewhere than its parameters is out of sight of the rules that differentiate a solve.
+        What products take from elsewhere than `params` is out of sight of the rules that differentiate a solve.
         """
-        differentiating = torch.is_grad_enabled()
-        with torch.enable_grad():
-            shape, y = self._measure(torch_pytree.tree_map(lambda leaf: leaf.detach(), self.params))
-        seen = {level for leaf in torch_pytree.tree_leaves(self.params) for level, _ in _levels(leaf)}
-        kinds = {level.level(): level.key() for level in get_interpreter_stack() or ()}
-        hidden = differentiating and concrete(y).requires_grad
-        for level, tensor in _levels(y):
-            kind = kinds.get(level)
-            hidden |= tensor.requires_grad or (kind == TransformType.Vmap and level not in seen)
-            if kind == TransformType.Jvp and level not in seen:
-                hidden |= torch._VF._unpack_dual(tensor, level=0)[1] is not None  # type: ignore[attr-defined]
-        if hidden:
-            raise ValueError(
-                "matvec depends on tensors that are not in params and are being differentiated or transformed; their "
-                "derivatives would be lost: hand them over in params (or detach them)"
-            )
-        return shape
 
-    def _measure(self, params: Any) -> tuple[tuple[int, int], Tensor]:
-        y = self.matvec(params, torch.zeros(self.in_size, dtype=self.dtype, device=self.device))
+        def example(size: int) -> Tensor:
+            return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+        matvec, y = close(self.matvec, "matvec", "params", self.params, example(self.in_size))
+        shape, rmatvec = self._checked(y), self.rmatvec
+        if rmatvec is not None:
+            rmatvec, _ = close(rmatvec, "rmatvec", "params", self.params, example(shape[0]))
+        return LinearOperator(matvec, self.params, self.in_size, self.dtype, rmatvec=rmatvec), shape
+
+    def _checked(self, y: Any) -> tuple[int, int]:
+        """(m, n), from what `matvec` gave for one vector."""
         if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != self.dtype:
             got = f"{y.dtype}, shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
                 f"matvec must give a tensor of {self.dtype}, shape (m,), for x of {self.dtype}, shape "
                 f"({self.in_size},), got {got}"
             )
-        return (y.shape[0], self.in_size), y
+        return y.shape[0], self.in_size
 
     def matmul(self, X: Tensor) -> Tensor:
         """A X for X of shape (n,) or (n, k)."""
@@ -177,13 +163,6 @@ class LinearOperator:
             return f"LinearOperator(shape={self.shape}, dtype={self.dtype})"
         except Exception:  # a pytree's leaf may be anything
             return f"LinearOperator(params={self.params!r}, in_size={self.in_size}, dtype={self.dtype})"
-
-
-def _levels(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The levels of torch.func that a tensor belongs to, with what it is there."""
-    while is_functorch_wrapped_tensor(tensor):
-        yield maybe_get_level(tensor), tensor
-        tensor = get_unwrapped(tensor)
 
 
 @dataclass(frozen=True)

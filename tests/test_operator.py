@@ -240,6 +240,27 @@ def test_derivatives_by_what_is_not_in_params_are_not_lost_silently():
         close(f(s.clone().requires_grad_()), b / 2, 1e-12)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_products_may_close_over_what_a_transformed_function_made(given):
+    p, b = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+
+    def f(b):
+        s = 2 * torch.ones((), dtype=torch.float64)  # wrapped by every transformation around
+        adjoint = (lambda p, y: s * (p.T @ y)) if given else None
+        operator = fl.LinearOperator(lambda p, x: s * (p @ x), p, 5, rmatvec=adjoint)
+        return fl.lstsq(operator, b, solver=SOLVER).sin().sum()
+
+    def want(b):
+        return (torch.linalg.pinv(2 * p) @ b).sin().sum()
+
+    for transform in (grad, jacfwd, hessian, lambda f: jacrev(jacfwd(f)), lambda f: torch.no_grad()(grad(f))):
+        close(transform(f)(b), transform(want)(b), 1e-9)
+    both = torch.stack([b, b.cos()])
+    close(vmap(f)(both), vmap(want)(both), 1e-10)
+    close(vmap(hessian(f))(both), vmap(hessian(want))(both), 1e-9)
+    close(grad(lambda b: vmap(f)(torch.stack([b, 2 * b])).sum())(b), grad(lambda b: want(b) + want(2 * b))(b), 1e-9)
+
+
 def test_a_start_for_a_wide_operator_is_left_alone():
     _, got, v, b = pair((5, 12))
     close(got(v, b, x0=torch.ones(12, dtype=torch.float64)), got(v, b), 1e-12)
