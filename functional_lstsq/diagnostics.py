@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lstsq import lstsq, pose, run, shaped, solve
+from .lstsq import lstsq, run, shaped, solve
 from .matrix import SparseMatrix
 from .operator import JacobianOperator, LinearOperator
+from .problem import pose
 from .result import RANK_DEFICIENT
 from .solvers.system import noise
 
@@ -122,7 +123,7 @@ def covariance(
         raise ValueError(f"columns must be integers of shape (k,), got {columns.dtype}, shape {tuple(columns.shape)}")
     if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < n:
         raise ValueError(f"columns must lie between 0 and {n - 1}, got {int(columns.min())} to {int(columns.max())}")
-    problem = pose(A, A.values.new_zeros((m, len(columns))), None, weights, solver, "raise", "auto", None)
+    problem = pose(A, A.values.new_zeros((m, len(columns))), None, weights, None, solver, "raise", "auto", None)
     # K (r, x) = (0, c) means x = -(A^H W A)^-1 c
     c = -torch.nn.functional.one_hot(columns, n).T.to(problem.b.dtype)
     return shaped(run(problem, "raise", c[None])[1], problem).to(problem.dtype)

@@ -41,6 +41,14 @@ _named: weakref.WeakValueDictionary[str, Name] = weakref.WeakValueDictionary()
 _kept: dict[str, Name] = {}
 
 
+def check_solver(solver: Any) -> None:
+    """Refuse what is no solver."""
+    if isinstance(solver, type) or (solver is not None and not callable(getattr(solver, "prepare", None))):
+        raise TypeError(f"solver must be None or a solver such as Dense() or CGLS(), got {solver!r}")
+    if type(solver).__hash__ is None:
+        raise TypeError(f"solver must be hashable, a frozen dataclass for example, got {solver!r}")
+
+
 @constant
 def name_of(
     solver: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -11,8 +11,15 @@ from torch import Tensor
 
 from .transforms import concrete
 
-CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, SPOILT = range(5)
-STATUSES = ("converged", "inaccurate", "iteration limit reached", "rank deficient", "gradient inaccurate")
+CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, SPOILT, NO_MINIMUM = range(6)
+STATUSES = (
+    "converged",
+    "inaccurate",
+    "iteration limit reached",
+    "rank deficient",
+    "gradient inaccurate",
+    "not a strict minimum",
+)
 _methods: list[str] = []
 derivative_errors: dict[int, float] = {}  # by ticket, of the last thousand solves that were differentiated
 
@@ -147,12 +154,45 @@ def _show(tensor: Tensor) -> str:
     return str(tensor.tolist()) if tensor.numel() <= 4 else f"<{tuple(tensor.shape)}>"
 
 
+class FitInfo(NamedTuple):
+    """What is known of a minimum, by `gauss_newton` or `variable_projection`; numbers are 0-d tensors.
+
+    Attributes:
+        status_code: 0 for success; `status` says it in words.
+        iterations: damped Gauss-Newton steps that were tried.
+        evaluations: of the residual, of its Jacobian, of the gradient, and products with the Hessian matrix, together.
+        optimality: |J^T psi| / (|J| |psi|), columns scaled to norm 1. Necessary, not sufficient.
+        forward_error: estimate of |x - x_exact| / |x_exact|, for unknowns as they are or scaled by the norms of the
+            Jacobian's columns, whichever is larger: Newton's last step, and what rounding may do. This decides whether
+            a minimum is accepted.
+        condition: estimate of the 2-norm condition number of the Jacobian with its columns scaled to norm about 1.
+        cost: half the sum of squares, or the sum of the robust losses.
+    """
+
+    status_code: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    optimality: Tensor
+    forward_error: Tensor
+    condition: Tensor
+    cost: Tensor
+
+    @property
+    def status(self) -> str:
+        """In words; the worst one where there are several problems."""
+        return STATUSES[int(concrete(self.status_code).max())]
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={_show(concrete(getattr(self, name)))}" for name in self._fields[1:])
+        return f"FitInfo(status={self.status!r}, {', '.join(shown)})"
+
+
 class Solution(NamedTuple):
-    """x, the residual b - A x, and `info`; a NamedTuple, hence a pytree."""
+    """x, the residual, and `info`; a NamedTuple, hence a pytree. The residual of `solve` is b - A x."""
 
     x: Tensor
     residual: Tensor
-    info: SolveInfo
+    info: Any
 
 
 for _kind in (SolveInfo, Solution):  # for torch.export

@@ -1,0 +1,270 @@
+"""The minimisation behind `Minimum`, for P problems at once: Levenberg-Marquardt steps, then Newton's.
+
+Far from a minimum steps are those of Levenberg and Marquardt, damped after Nielsen (IMM-REP-1999-05, DTU, 1999) in the
+scale of More (LNM 630, 1978); a robust loss is replaced by the parabolas that touch it from above, which is iteratively
+reweighted least squares. These converge linearly where residuals are large, and a small step or decrease says little
+of the error. So the end is Newton's: steps H^-1 g shrink quadratically until they are the rounding errors of g,
+carried into x, which is what the error is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .curvature import conjugate, model_at, relative
+from .objective import Leaves, Objective, each
+from .result import (
+    CONVERGED,
+    INACCURATE,
+    ITERATION_LIMIT,
+    NO_MINIMUM,
+    RANK_DEFICIENT,
+    ConvergenceError,
+    RankDeficientError,
+)
+from .solvers.system import EPS, noise
+
+_CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
+_NEWTON = 20
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class FitReport(NamedTuple):
+    """What is known of a minimum; every field has shape (P,), in double precision."""
+
+    status: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    optimality: Tensor
+    forward_error: Tensor
+    condition: Tensor
+    rank: Tensor
+    norm: Tensor
+    cost: Tensor
+
+
+@dataclass
+class _State:
+    """Where each of the problems is; `put` writes what a subset of them has become."""
+
+    x: Tensor
+    f: Tensor
+    r: Tensor
+    weights: Tensor
+    J: Tensor
+    scale: Tensor
+    mu: Tensor
+    grow: Tensor
+    stale: Tensor  # r is of this x, J and weights are not
+
+    def take(self, which: Tensor) -> _State:
+        return _State(**{name: tensor[which] for name, tensor in vars(self).items()})
+
+    def put(self, which: Tensor, part: _State) -> None:
+        for name, tensor in vars(part).items():
+            vars(self)[name][which] = tensor
+
+
+def minimise(objective: Objective, x: Tensor, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
+    """(x (P, n), report (P, fields), token) of the minima that are found from x, on plain tensors."""
+    return _Descent(objective, x, leaves).run()
+
+
+class _Descent:
+    def __init__(self, objective: Objective, x: Tensor, leaves: Leaves):
+        self.objective, self.leaves = objective, leaves
+        f, r = each(objective.cost, x, *leaves)
+        if not bool(f.isfinite().all()):
+            raise ValueError(f"{objective.name} must be finite at x0, got NaN or infinity")
+        zeros = torch.zeros_like(f)
+        empty = x.new_zeros((len(x), objective.pattern.nnz))
+        self.state = _State(
+            x.clone(), f, r, torch.ones_like(r), empty, torch.zeros_like(x), zeros + 1e-3, zeros + 2, zeros == 0
+        )
+        self.start, self.least = f.clone(), objective.accept * torch.linalg.vector_norm(r, dim=1)
+        self.iterations, self.evaluations = zeros.clone(), zeros + 1
+        self.status = torch.full_like(f, float(INACCURATE))
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        going = torch.ones_like(self.status, dtype=torch.bool)
+        for close in _CLOSE:
+            which = self._approach(going.nonzero()[:, 0], close)
+            which = which[~self._polish(which)]
+            going = torch.zeros_like(going).index_fill(0, which, True)
+            if not len(which):
+                break
+        return self._judge()
+
+    def _approach(self, which: Tensor, close: float) -> Tensor:
+        """Damped steps until they are small; gives the problems of `which` for which they came to be."""
+        objective, arrived = self.objective, torch.zeros_like(self.status, dtype=torch.bool)
+        while len(which):
+            s, leaves = self._linearised(which)
+            p, predicted, sound = self._step(s, leaves)
+            f, r = each(objective.cost, s.x + p, *leaves)
+            self.evaluations[which] += 1
+            self.iterations[which] += 1
+            slack = 10 * EPS * s.f
+            better = sound & (f <= s.f - 1e-4 * predicted + slack)
+            small = relative(p, s.x + p, s.scale, self.least[which])
+            gain = ((s.f - f) / predicted.clamp_min(_TINY)).clamp(0, 1)
+            s.mu = torch.where(better, s.mu * (1 - (2 * gain - 1) ** 3).clamp_min(1 / 3), s.mu * s.grow).clamp(
+                1e-30, 1e30
+            )
+            s.grow = torch.where(better, 2.0, 2 * s.grow)
+            s.x, s.r = torch.where(better[:, None], s.x + p, s.x), torch.where(better[:, None], r, s.r)
+            s.f, s.stale = torch.where(better, f, s.f), better
+            self.state.put(which, s)
+            done = better & (small <= close) | (small <= EPS)
+            limit = ~done & (self.iterations[which] >= objective.max_iterations)
+            stuck = ~sound & objective.linear  # without damping that could grow
+            arrived[which] = done
+            self.status[which[limit]] = float(ITERATION_LIMIT)
+            self.status[which[stuck]] = float(RANK_DEFICIENT)
+            which = which[~(done | limit | stuck)]
+        return arrived.nonzero()[:, 0]
+
+    def _linearised(self, which: Tensor) -> tuple[_State, Leaves]:
+        """The state of some problems, with J and weights for their x."""
+        stale = which[self.state.stale[which]]
+        if len(stale):
+            s, leaves = self.state.take(stale), self._of(stale)
+            s.r, s.weights, s.J = each(self.objective.linearised, s.x, *leaves)
+            s.scale = torch.maximum(s.scale, model_at(self.objective, s.J, s.weights, leaves).norms)
+            s.stale = torch.zeros_like(s.stale)
+            self.state.put(stale, s)
+            self.evaluations[stale] += 1
+        return self.state.take(which), self._of(which)
+
+    def _of(self, which: Tensor) -> Leaves:
+        return self.leaves if len(which) == len(self.status) else tuple(leaf[which] for leaf in self.leaves)
+
+    def _step(self, s: _State, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
+        """(step, decrease that the model predicts, whether there is a step)"""
+        model = model_at(self.objective, s.J, s.weights, leaves)
+        g = model.gradient(s.r, s.x)
+        if self.objective.linear:
+            p = model.solve(s.r, s.x)
+            predicted = -(g * p).sum(1) / 2
+        else:
+            scale = torch.where(s.scale > 0, s.scale, 1.0)
+            p = model.damped(s.r, scale, s.mu)
+            predicted = (-(g * p).sum(1) + s.mu * (scale * p).square().sum(1)) / 2
+        sound = p.isfinite().all(1)
+        return torch.where(sound[:, None], p, 0.0), predicted.clamp_min(0), sound
+
+    def _polish(self, which: Tensor) -> Tensor:
+        """Newton's steps until they are small enough for one more to be the last; gives for which problems they are."""
+        objective, found = self.objective, torch.zeros(len(which), dtype=torch.bool, device=which.device)
+        place = torch.arange(len(which), device=which.device)
+        s, leaves = self.state.take(which), self._of(which)
+        model = model_at(objective, s.J, s.weights, leaves)  # of one step before: it is a preconditioner, no more
+        x, previous = s.x, torch.full_like(s.f, torch.inf)
+        target = 10 * objective.precision**0.5
+        for _ in range(_NEWTON):
+            g = each(objective.gradient, x, *leaves)
+            step, definite, products = conjugate(objective, x, leaves, model, g[:, :, None], 1e-6)
+            self.evaluations[which[place]] += 1 + products
+            p = -step[:, :, 0]
+            moved = relative(p, x, s.scale[place], self.least[which[place]])
+            shrinks = definite[:, 0] & (moved < previous / 2)  # not of NaN
+            x = torch.where(shrinks[:, None], x + p, x)
+            # Where they end to shrink, steps are rounding errors, if they are small: Newton's is far away otherwise.
+            right = torch.where(shrinks, moved <= target, definite[:, 0] & (moved <= 1e-2))
+            self.state.x[which[place[right]]] = x[right]
+            found[place[right]] = True
+            self.status[which[place[~definite[:, 0]]]] = float(NO_MINIMUM)
+            rest = shrinks & ~right
+            if not bool(rest.any()):
+                break
+            place, x, previous = place[rest], x[rest], moved[rest]
+            leaves, model = tuple(leaf[rest] for leaf in leaves), model.take(rest)
+        at, s, leaves = which[found], s.take(found), tuple(leaf[found] for leaf in self._of(which))
+        if len(at):
+            f, r = each(objective.cost, self.state.x[at], *leaves)
+            lower = f <= s.f * (1 + 1e-6) + 1e-24 * self.start[at]
+            self.evaluations[at] += 1
+            self.state.x[at] = torch.where(lower[:, None], self.state.x[at], s.x)
+            self.state.f[at], self.state.r[at] = torch.where(lower, f, s.f), torch.where(lower[:, None], r, s.r)
+            self.state.stale[at], self.status[at[lower]] = True, float(CONVERGED)
+            found[found.clone()] = lower
+        return found
+
+    def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A last step of Newton's, and what can be said of the points that were reached.
+
+        The last step is made of rounding errors; beside it stand those that rounding in the residual, in J and in
+        their product may make, which one step may not show.
+        """
+        objective, leaves = self.objective, self.leaves
+        s, _ = self._linearised(torch.arange(len(self.status), device=self.status.device))
+        model = model_at(objective, s.J, s.weights, leaves)
+        psi = s.weights * s.r
+        spread = EPS * (psi.abs() + s.weights * (s.r.abs() + model.magnitude(s.x)))
+        c = model.adjoint(spread * noise(spread)) + EPS * model.adjoint_magnitude(psi.abs()) * noise(s.x)
+        g = each(objective.gradient, s.x, *leaves)
+        steps, definite, products = conjugate(objective, s.x, leaves, model, torch.stack([g, c], 2), 1e-3)
+        self.evaluations += 1 + products
+        told, definite = model.told, definite.all(1)
+        last, rounding = (relative(p, s.x, s.scale, self.least) for p in steps.unbind(2))
+        found = self.status == CONVERGED
+        error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
+        status = torch.where(found & ~(error <= objective.accept), float(INACCURATE), self.status)
+        status = torch.where(found & ~definite, float(NO_MINIMUM), status)
+        status = torch.where((told.status == RANK_DEFICIENT).any(1), float(RANK_DEFICIENT), status)
+        s.x = torch.where((status == CONVERGED)[:, None], s.x - steps[:, :, 0], s.x)
+        norms = torch.where(model.norms > 0, model.norms, 1.0)
+        least = (s.x.shape[1] ** 0.5 * torch.linalg.vector_norm(psi, dim=1)).clamp_min(_TINY)
+        report = FitReport(
+            status=status,
+            iterations=self.iterations,
+            evaluations=self.evaluations,
+            optimality=torch.linalg.vector_norm(g / norms, dim=1) / least,
+            forward_error=torch.where(status == RANK_DEFICIENT, torch.inf, error),
+            condition=told.condition[:, 0],
+            rank=told.rank[:, 0],
+            norm=told.norm[:, 0],
+            cost=s.f,
+        )
+        if objective.on_failure == "raise":
+            _check(objective, report)
+        assert model.token is not None  # made by `conjugate`
+        return s.x, torch.stack(list(report), 1), model.token
+
+
+def _check(objective: Objective, report: FitReport) -> None:
+    """Raise what a report of failure calls for."""
+    failed = report.status != CONVERGED
+    if not bool(failed.any()):
+        return
+    p = int(failed.nonzero()[0])
+    told = FitReport(*(field[p] for field in report))
+    many, name = len(failed), objective.name
+    where = f" ({int(failed.sum())} of {many} problems failed; the first: number {p})" if many > 1 else ""
+    if told.status == RANK_DEFICIENT:
+        n = objective.pattern.shape[1]
+        known = f"rank {int(told.rank)}" if int(told.rank) >= 0 else f"rank below {n}"
+        raise RankDeficientError(
+            f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there is not "
+            "unique. Try: remove or fix parameters that do nothing, or nothing of their own; another x0"
+        )
+    ended = f"{name} ended after {int(told.iterations)} iterations"
+    if told.status == NO_MINIMUM:
+        raise ConvergenceError(
+            f"{ended} at a point that is not a strict minimum{where}: along some direction the cost, {told.cost:.3e}, "
+            "does not curve upwards. Try: another x0, nearer to a minimum; fewer parameters"
+        )
+    if told.status == ITERATION_LIMIT:
+        raise ConvergenceError(
+            f"{ended}, the limit{where}, without a minimum; cost {told.cost:.3e}, optimality {told.optimality:.1e}. "
+            "Try: raise max_iterations; another x0; parameters of sizes of about 1"
+        )
+    raise ConvergenceError(
+        f"{ended} with an estimated forward error of {told.forward_error:.1e}{where}, above what is accepted, "
+        f"{objective.accept:.1e}; condition number of the Jacobian about {told.condition:.1e}, optimality "
+        f"{told.optimality:.1e}. Try: rescale or remove parameters that do nearly the same; another x0"
+    )

@@ -1,0 +1,90 @@
+"""`variable_projection`: fits that are linear in some of the unknowns, as nonlinear ones in the others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .gauss_newton import minimum_of
+from .lstsq import solve
+from .result import FitInfo
+
+
+class SeparableFit(NamedTuple):
+    """p, x, the residual b - A(p) x, and `info`; a NamedTuple, hence a pytree."""
+
+    p: Tensor
+    x: Tensor
+    residual: Tensor
+    info: FitInfo
+
+
+def variable_projection(
+    design: Callable[..., Any],
+    p0: Tensor,
+    b: Tensor,
+    args: tuple = (),
+    *,
+    weights: Tensor | None = None,
+    solver: Any = None,
+    max_iterations: int = 100,
+    throw: bool = True,
+) -> SeparableFit:
+    """A minimum of sum_i weights_i |b - A(p) x|_i^2 over p and x, differentiable to any order by all but p0.
+
+    For every p the best x is a linear least-squares solution, so what is left to be found is a minimum over p alone of
+    |b - A(p) x(p)|, by `gauss_newton`: fewer unknowns, no start for x, and mostly fewer steps.
+
+    Args:
+        design: design(p, *args) -> A, (m, k): a SparseMatrix, LinearOperator or torch sparse tensor, of full rank.
+        p0: (n,), float32 or float64, where to start; no derivative flows through it.
+        b: (m,), or (m, j) for columns that share p but not x; real.
+        args: tuple of pytrees; tensors in them may be differentiated and mapped over.
+        weights: (m,) positive, in units of 1 / variance of b; None for ones.
+        solver: for x, and for the steps in p, as for `lstsq`.
+        max_iterations, throw: as for `gauss_newton`.
+
+    Returns:
+        `SeparableFit(p, x, residual, info)`: p (n,), x (k,) or (k, j), residual b - A(p) x, all differentiable, and a
+        `FitInfo` of p, which is not.
+
+    Raises: as `gauss_newton`, of p0 for x0, and as `lstsq` does for x.
+
+    Cost: in each step a solve, and one further solve for the Jacobian by p, all columns together.
+
+    Source: Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, and Inverse Problems 19(2), 2003.
+
+    >>> import torch, functional_lstsq as fl
+    >>> t = torch.linspace(0, 4, 9, dtype=torch.float64)
+    >>> pattern = fl.SparsePattern(torch.cartesian_prod(torch.arange(9), torch.arange(2)).T, (9, 2))
+    >>> def decays(rates):
+    ...     return fl.SparseMatrix(torch.exp(-t[:, None] * rates).reshape(-1), pattern)
+    >>> b = 3 * torch.exp(-0.5 * t) + torch.exp(-2 * t)
+    >>> fit = fl.variable_projection(decays, torch.tensor([0.1, 1.0], dtype=torch.float64), b)
+    >>> fit.p, fit.x
+    (tensor([0.5000, 2.0000], dtype=torch.float64), tensor([3.0000, 1.0000], dtype=torch.float64))
+    >>> fit.info.status
+    'converged'
+    """
+    if not callable(design):
+        raise TypeError(f"design must be callable, got {design!r}")
+    if not isinstance(b, Tensor) or b.is_complex():
+        raise TypeError(f"b must be a real tensor, got {b.dtype if isinstance(b, Tensor) else type(b).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+
+    def reduced(p: Tensor, b: Tensor, weights: Tensor | None, *args: Any) -> Tensor:
+        # A step may lead to where A has no full rank: NaN, which makes it shorter.
+        r = solve(design(p, *args), b, weights=weights, solver=solver, throw=False).residual
+        if weights is not None:
+            root = weights.sqrt().to(r.dtype)
+            r = root * r if r.ndim == 1 else root[:, None] * r
+        return r.reshape(-1)
+
+    p, _, info = minimum_of(
+        reduced, p0, (b, weights, *args), None, None, solver, max_iterations, throw, "variable_projection", "p0"
+    )
+    x, residual, _ = solve(design(p, *args), b, weights=weights, solver=solver, throw=throw)
+    return SeparableFit(p, x, residual, info)
