@@ -1,6 +1,7 @@
-"""The command line, as a person would call it."""
+"""The command line, as a person would call it: `solve` and `demo`."""
 
 import gzip
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from helpers import SHARED, close, problem
 
 import functional_lstsq as fl
-from functional_lstsq.__main__ import main
+from functional_lstsq.cli import main
 
 
 @pytest.fixture
@@ -49,6 +50,24 @@ def test_solve_several_columns_and_none(files, capsys):
     assert "right-hand sides: 2" in capsys.readouterr().out
 
 
+def test_weights_and_refinement_reach_the_solver(files, capsys):
+    folder, A, b = files
+    weights = torch.arange(1.0, 9.0, dtype=torch.float64)
+    scipy.io.mmwrite(folder / "w.mtx", weights.numpy()[:, None])
+    arguments = ["solve", f"{folder}/A.mtx.gz", f"{folder}/b.mtx", "-o", f"{folder}/x.mtx"]
+    assert main([*arguments, "--weights", f"{folder}/w.mtx", "--refine", "extended", "--quiet"]) == 0
+    want = fl.lstsq(A, b, weights=weights, refine="extended")
+    close(torch.tensor(scipy.io.mmread(folder / "x.mtx"))[:, 0], want, 1e-15)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("solver", "method"), [("dense", "dense-"), ("direct", "direct-"), ("cgls", "cgls")])
+def test_the_solver_is_the_one_asked_for(files, capsys, solver, method):
+    folder, *_ = files
+    assert main(["solve", f"{folder}/A.mtx.gz", f"{folder}/b.mtx", "--solver", solver, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"].startswith(method)
+
+
 def test_deficient_matrix(tmp_path, capsys):
     scipy.io.mmwrite(tmp_path / "A.mtx", scipy.sparse.coo_array(np.ones((4, 2))))
     assert main(["solve", f"{tmp_path}/A.mtx"]) == 1
@@ -74,6 +93,15 @@ def test_deficient_matrix(tmp_path, capsys):
         (["{}/empty.mtx"], "the file is empty"),
         (["{}/huge.mtx"], "huge|memory|allocate"),
         (["{}/A.mtx.gz", "{}/b.mtx", "-o", "{}"], "cannot write"),
+        (["{}/A.mtx.gz", "--weights", "{}/none.mtx"], "none.mtx: no such file"),
+        (["{}/A.mtx.gz", "--weights", "{}/short.mtx"], "short.mtx has 5 rows, .* has 8"),
+        (["{}/A.mtx.gz", "--weights", "{}/bb.mtx"], "one column of real weights, got 2 of real ones"),
+        (["{}/A.mtx.gz", "--weights", "{}/minus.mtx"], "no negative weight, got -1"),
+        (["{}/A.mtx.gz", "--weights", "{}/b.mtx", "-o", "{}/b.mtx"], "it is an input too"),
+        (["{}/A.mtx.gz", "--solver", "qr"], "invalid choice: 'qr'.*dense.*direct.*cgls.*; see .* solve --help"),
+        (["{}/A.mtx.gz", "--refine", "much"], "invalid choice: 'much'.*extended"),
+        (["{}/A.mtx.gz", "--damp", "much"], "--damp: invalid float value: 'much'"),
+        ([], "arguments are required: A.mtx"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
@@ -82,6 +110,7 @@ def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
     (folder / "empty.mtx").write_text("")
     (folder / "huge.mtx").write_text("%%MatrixMarket matrix coordinate real general\n1000000000000 3 1\n1 1 1\n")
     scipy.io.mmwrite(folder / "short.mtx", np.ones((5, 1)))
+    scipy.io.mmwrite(folder / "minus.mtx", -np.ones((8, 1)))
     (folder / "nan.mtx").write_text("%%MatrixMarket matrix array real general\n8 1\n" + "nan\n" * 8)
     assert main(["solve", *(argument.format(folder) for argument in arguments)]) == 2
     error = capsys.readouterr().err
