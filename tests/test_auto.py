@@ -1,5 +1,7 @@
 """How the default chooses among methods; their settings; what `info` says of both."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,36 @@ def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypa
     assert found.info.tried == "CGLS (a factor costs more): iteration limit reached, Direct (a factor costs less)"
     assert len(calls) < n / 4
     close(found.x, truth, 1e-10)
+
+
+def test_what_is_predicted_is_what_is_done():
+    """Steps in their order, with finite costs where a factor is made; the same plan for A and its transpose."""
+    pattern, values, b = problem(60, 20)
+    A = fl.SparseMatrix(values, pattern)
+    (step,) = fl.Auto().predict(A)
+    assert fl.solve(A, b).info.tried == f"{step.method} ({step.reason})"
+    assert 0 < step.seconds < 1
+    assert math.isnan(step.iteration)
+    for same in (A.T, A.to_torch(), A.to(torch.float32)):
+        assert fl.Auto().predict(same)[0][:3] == step[:3]
+    n = 4000
+    rows, columns = torch.arange(n).repeat(2), torch.cat([torch.arange(n), torch.arange(1, n + 1) % n])
+    path = fl.SparseMatrix(
+        torch.cat([torch.ones(n), -0.999 * torch.ones(n)]).double(),
+        fl.SparsePattern(torch.stack([rows, columns]), (n, n)),
+    )
+    steps = fl.Auto().predict(path)
+    said = [f"{step.method} ({step.reason})" for step in steps]
+    tried = fl.solve(path, path @ torch.ones(n, dtype=torch.float64)).info.tried.split(", ")
+    assert [part.split("):")[0].rstrip(")") for part in tried] == [part.rstrip(")") for part in said[: len(tried)]]
+    direct = next(step for step in steps if step.method == "Direct")
+    assert 0 < direct.seconds < 60
+    assert all(0 < step.iteration < 1 for step in steps if step.method == "CGLS")
+
+
+def test_a_factor_that_does_not_fit_is_the_only_one_said_not_to_fit():
+    pattern, values, _ = problem(900, 600, density=0.01)
+    A = fl.SparseMatrix(values, pattern)
+    assert "fit into memory" not in str(fl.Auto().predict(A))
+    tight = fl.Auto(dense_bytes=1, direct=fl.Direct(memory=1))
+    assert [(step.method, step.reason) for step in tight.predict(A)] == [("CGLS", "A^H A would not fit into memory")]

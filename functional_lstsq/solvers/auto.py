@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..matrix import SparseMatrix, single
+from ..products import Operator
 from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, method_code
 from .cgls import CGLS, Iteration
 from .dense import Dense
@@ -34,6 +36,8 @@ _PASSES = 20  # over a dense factor, to use it and to know its condition number
 _PATIENCE = 100  # iterations whose time a factor must take for iterating to be tried before it
 _SOLVE = 2.2  # times the iterations that find a known solution, in a solve
 _FEW = 15  # of these iterations, at least
+_ANYWAY = 1e-2  # seconds of any solve, whatever its method
+_FEW_COLUMNS = "few columns"
 _FACTORED = 4  # iterations that take as long as a solve with a factor
 
 
@@ -69,17 +73,15 @@ class Auto:
         room = self.dense_bytes or available_bytes(system.A.device) / 2
         dense_fits = 3 * copies * n**2 * system.A.values.element_size() <= room
         if n <= self.dense_columns and dense_fits:
-            yield _Step(Dense(), "few columns")
+            yield _Step(Dense(), _FEW_COLUMNS)
             return
         analysis = analyse(system)
         iteration = (24 * analysis.pattern.nnz + 64 * (system.m + n)) * copies / _BYTES
         products = copies * analysis.products / _PRODUCTS
-        dense = math.inf
-        if dense_fits:
-            dense = products + copies * (n**3 / 3 / _FLOPS + 8 * _PASSES * n**2 / _BYTES)
+        dense = products + copies * _dense_factor(n) if dense_fits else math.inf
         sparse_fits = analysis.bytes_before <= self.direct.room
         sparse = products + min(analysis.products, n**2) / _ORDERED if sparse_fits else math.inf
-        factor, tried, why = min(dense, sparse), 0.0, "A^H A would not fit into memory"
+        factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
         if _PATIENCE * (iteration + _CALLS) < factor < math.inf:
             yield _Step(_Tentative(self.cgls, factor / (iteration + _CALLS)), "a factor costs more", iteration, factor)
             tried = factor
@@ -95,12 +97,54 @@ class Auto:
             if tried and factor > 4 * tried:
                 patience = factor / (iteration + _CALLS)
                 yield _Step(_Tentative(self.cgls, patience), "a factor costs much more", iteration, factor)
-            yield _Step(choice, "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less")
+            why_this = "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less"
+            yield _Step(choice, why_this, seconds=factor)
             if isinstance(choice, Dense) and sparse_fits:
                 yield _Step(self.direct, "ill-conditioned")
-        yield _Step(self.cgls, why or "no factor")
+        yield _Step(self.cgls, why or "no factor", iteration)
         if n <= _QR_LIMIT and dense_fits:
             yield _Step(Dense(), "last resort")
+
+    def predict(self, A: SparseMatrix | Tensor) -> list[Prediction]:
+        """What a solve with A, a SparseMatrix or a torch sparse tensor, would try in turn, with its predicted cost.
+
+        Cost: the analysis of the pattern, which is kept for a solve.
+
+        >>> import functional_lstsq as fl
+        >>> [(step.method, step.reason) for step in fl.Auto().predict(torch.eye(3).to_sparse())]
+        [('Dense', 'few columns')]
+        """
+        A = A if isinstance(A, SparseMatrix) else SparseMatrix.from_torch(A)
+        single(A, "A")
+        pattern = A.pattern if A.shape[0] >= A.shape[1] else A.pattern.T
+        values = A.values.detach().to(torch.promote_types(A.dtype, torch.float64))
+        system = System(Operator(pattern, values[None]), None, torch.finfo(A.dtype).eps)
+        steps = list(self.plan(system))
+        if steps[0].reason == _FEW_COLUMNS:  # chosen without a thought of its cost
+            seconds = analyse(system).products / _PRODUCTS + _dense_factor(system.n)
+            steps = [steps[0]._replace(seconds=seconds)]
+        return [step.prediction for step in steps]
+
+
+class Prediction(NamedTuple):
+    """A method that `Auto` would try, and what it is predicted to cost on two cores, to a factor of a few.
+
+    Attributes:
+        method, reason: in words, as `SolveInfo.tried` has them.
+        seconds: of a solve by a factor; of iterating, the time after which it is left for a factor. NaN where nothing
+            is predicted: what iterating takes in all depends on the values.
+        iteration: seconds of one iteration, of a method that iterates; else NaN.
+    """
+
+    method: str
+    reason: str
+    seconds: float
+    iteration: float
+
+
+def _dense_factor(n: int) -> float:
+    """Seconds, without those of A^H A."""
+    return n**3 / 3 / _FLOPS + 8 * _PASSES * n**2 / _BYTES
 
 
 @dataclass(frozen=True)
@@ -115,12 +159,22 @@ class _Tentative:
 
 
 class _Step(NamedTuple):
-    """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take."""
+    """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take.
+
+    `seconds` are those of its own factor, where they are known.
+    """
 
     solver: Any
     reason: str
     iteration: float = 0.0
     factor: float = math.inf
+    seconds: float = math.nan
+
+    @property
+    def prediction(self) -> Prediction:
+        iterates = isinstance(self.solver, (CGLS, _Tentative))
+        seconds = _ANYWAY + (self.factor if isinstance(self.solver, _Tentative) else self.seconds)
+        return Prediction(self.name, self.reason, seconds, self.iteration + _CALLS if iterates else math.nan)
 
     @property
     def name(self) -> str:
