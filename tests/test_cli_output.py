@@ -147,7 +147,7 @@ def test_advice_is_in_the_words_of_the_command_line(tmp_path, capsys):
             assert word not in line, line
 
 
-@pytest.mark.parametrize("command", [[], ["solve"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["solve"], ["info"], ["demo"]])
 def test_help_has_examples_and_exit_statuses(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -155,7 +155,7 @@ def test_help_has_examples_and_exit_statuses(capsys, command):
     printed = capsys.readouterr().out
     assert "exit status: 0 done" in printed
     if command:
-        assert printed.count(f"functional-lstsq {command[0]}") >= 3
+        assert printed.count(f"  functional-lstsq {command[0]}") >= 2
         for option in ("--quiet", "--json", "--no-color"):
             assert option in printed
 
