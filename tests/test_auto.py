@@ -126,6 +126,7 @@ def test_what_is_predicted_is_what_is_done():
     assert math.isnan(step.iteration)
     for same in (A.T, A.to_torch(), A.to(torch.float32)):
         assert fl.Auto().predict(same)[0][:3] == step[:3]
+    assert fl.Auto().predict(fl.SparseMatrix(values[:0], fl.SparsePattern(pattern.indices[:, :0], (0, 20)))) == []
     n = 4000
     rows, columns = torch.arange(n).repeat(2), torch.cat([torch.arange(n), torch.arange(1, n + 1) % n])
     path = fl.SparseMatrix(

@@ -74,6 +74,7 @@ def test_structural_and_numerical_rank_are_told_apart(file, tmp_path, capsys):
     assert "structural rank  2, not full: 1 of 3 missing" in printed
     assert "columns: 1" in printed
     assert re.search("condition +infinite", printed)
+    assert told(capsys, file(np.zeros((0, 3))))["plan"] == []
     (tmp_path / "Z.mtx").write_text("%%MatrixMarket matrix coordinate real general\n2 2 3\n1 1 1\n2 2 0\n2 1 1\n")
     found = told(capsys, tmp_path / "Z.mtx")
     assert (found["zeros"], found["structural_rank"], found["rank"]) == (1, 2, 1)

@@ -116,6 +116,8 @@ class Auto:
         """
         A = A if isinstance(A, SparseMatrix) else SparseMatrix.from_torch(A)
         single(A, "A")
+        if 0 in A.shape:  # there is nothing to do
+            return []
         pattern = A.pattern if A.shape[0] >= A.shape[1] else A.pattern.T
         values = A.values.detach().to(torch.promote_types(A.dtype, torch.float64))
         system = System(Operator(pattern, values[None]), None, torch.finfo(A.dtype).eps)
