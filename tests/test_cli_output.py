@@ -147,7 +147,7 @@ def test_advice_is_in_the_words_of_the_command_line(tmp_path, capsys):
             assert word not in line, line
 
 
-@pytest.mark.parametrize("command", [[], ["solve"], ["info"], ["plot"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["solve"], ["info"], ["plot"], ["bench"], ["demo"]])
 def test_help_has_examples_and_exit_statuses(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from .. import __version__
-from . import demo, info, plot, solve
+from . import bench, demo, info, plot, solve
 from .files import BadInput, line_of
 from .output import Output
 
@@ -65,7 +65,7 @@ def _parser() -> _Parser:
         either.add_argument("--json", action="store_true", help="print one JSON object, null for what is not finite")
         place.add_argument("--no-color", action="store_true", help="no colour, as with NO_COLOR set or into a pipe")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (solve, info, plot, demo):
+    for command in (solve, info, plot, bench, demo):
         job = commands.add_parser(
             command.NAME,
             help=command.HELP,

@@ -27,7 +27,7 @@ class Output:
     """
 
     def __init__(self, *, quiet: bool = False, json: bool = False, colour: bool = True):
-        self.quiet, self.json = quiet, json
+        self.quiet, self.json, self.recorded = quiet, json, False
         here = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.coloured = colour and here and not os.environ.get("NO_COLOR")
 
@@ -48,8 +48,9 @@ class Output:
         return f"\x1b[{_COLOURS[colour]}m{word}\x1b[0m" if self.coloured else word
 
     def record(self, **record: Any) -> None:
-        """Print the one object that scripts read."""
-        if self.json and not self.quiet:
+        """Print the one object that scripts read; what would be a second one is left out."""
+        if self.json and not self.quiet and not self.recorded:
+            self.recorded = True
             print(json.dumps(_plain(record), allow_nan=False))
 
     def error(self, line: str, status: int) -> int:
