@@ -146,5 +146,7 @@ def test_a_factor_that_does_not_fit_is_the_only_one_said_not_to_fit():
     pattern, values, _ = problem(900, 600, density=0.01)
     A = fl.SparseMatrix(values, pattern)
     assert "fit into memory" not in str(fl.Auto().predict(A))
+    both = fl.Auto(dense_bytes=1).predict(fl.SparseMatrix(values + 1j, pattern))
+    assert [step.method for step in both if step.seconds > 0][-1] == "Direct"
     tight = fl.Auto(dense_bytes=1, direct=fl.Direct(memory=1))
     assert [(step.method, step.reason) for step in tight.predict(A)] == [("CGLS", "A^H A would not fit into memory")]

@@ -68,6 +68,13 @@ def test_the_solver_is_the_one_asked_for(files, capsys, solver, method):
     assert json.loads(capsys.readouterr().out)["method"].startswith(method)
 
 
+def test_a_matrix_without_rows(tmp_path, capsys):
+    scipy.io.mmwrite(tmp_path / "A.mtx", scipy.sparse.coo_array((0, 3)))
+    assert main(["solve", f"{tmp_path}/A.mtx", "-o", f"{tmp_path}/x.mtx", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forward_error"] == 0
+    assert (scipy.io.mmread(tmp_path / "x.mtx") == np.zeros((3, 1))).all()
+
+
 def test_deficient_matrix(tmp_path, capsys):
     scipy.io.mmwrite(tmp_path / "A.mtx", scipy.sparse.coo_array(np.ones((4, 2))))
     assert main(["solve", f"{tmp_path}/A.mtx"]) == 1
@@ -95,7 +102,8 @@ def test_deficient_matrix(tmp_path, capsys):
         (["{}/A.mtx.gz", "{}/b.mtx", "-o", "{}"], "cannot write"),
         (["{}/A.mtx.gz", "--weights", "{}/none.mtx"], "none.mtx: no such file"),
         (["{}/A.mtx.gz", "--weights", "{}/short.mtx"], "short.mtx has 5 rows, .* has 8"),
-        (["{}/A.mtx.gz", "--weights", "{}/bb.mtx"], "one column of real weights, got 2 of real ones"),
+        (["{}/A.mtx.gz", "--weights", "{}/bb.mtx"], "bb.mtx must hold one column of weights, got 2"),
+        (["{}/A.mtx.gz", "--weights", "{}/complex.mtx"], "complex.mtx must hold real weights, got complex ones"),
         (["{}/A.mtx.gz", "--weights", "{}/minus.mtx"], "no negative weight, got -1"),
         (["{}/A.mtx.gz", "--weights", "{}/b.mtx", "-o", "{}/b.mtx"], "it is an input too"),
         (["{}/A.mtx.gz", "--solver", "qr"], "invalid choice: 'qr'.*dense.*direct.*cgls.*; see .* solve --help"),
@@ -110,6 +118,7 @@ def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
     (folder / "empty.mtx").write_text("")
     (folder / "huge.mtx").write_text("%%MatrixMarket matrix coordinate real general\n1000000000000 3 1\n1 1 1\n")
     scipy.io.mmwrite(folder / "short.mtx", np.ones((5, 1)))
+    scipy.io.mmwrite(folder / "complex.mtx", 1j * np.ones((8, 1)))
     scipy.io.mmwrite(folder / "minus.mtx", -np.ones((8, 1)))
     (folder / "nan.mtx").write_text("%%MatrixMarket matrix array real general\n8 1\n" + "nan\n" * 8)
     assert main(["solve", *(argument.format(folder) for argument in arguments)]) == 2

@@ -1,4 +1,4 @@
-"""Sparse least squares from the shell: solve Matrix Market files, and see a demonstration."""
+"""Sparse least squares from the shell, for matrices in Matrix Market format."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from . import bench, demo, info, plot, solve
 from .files import BadInput, line_of
 from .output import Output
 
+_EXAMPLES = """\
+examples:
+  functional-lstsq demo
+  functional-lstsq info A.mtx.gz
+  functional-lstsq solve A.mtx.gz b.mtx -o x.mtx
+
+functional-lstsq COMMAND --help has more, and the options of each.
+"""
 _EXIT = "exit status: 0 done, 1 no answer that can be vouched for, 2 bad input, 130 interrupted"
 
 
@@ -51,7 +59,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="functional-lstsq",
         description=__doc__,
-        epilog=f"functional-lstsq COMMAND --help tells of each, with examples.\n{_EXIT}",
+        epilog=_EXAMPLES + _EXIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -77,14 +77,16 @@ def read_matrix(name: str) -> SparseMatrix:
     return A.to(torch.promote_types(A.dtype, torch.float64))
 
 
-def read_columns(name: str, A: SparseMatrix, matrix: str) -> np.ndarray:
-    """The columns of numbers, one number for each row of A, which was read from the file `matrix`."""
+def _read_columns(name: str, A: SparseMatrix, matrix: str, *, one: bool = False) -> np.ndarray:
+    """The columns, or the one column, of a number for each row of A, which was read from the file `matrix`."""
     found = read(name)
-    found = found.toarray() if scipy.sparse.issparse(found) else np.asarray(found)
     if found.shape[0] != A.shape[0]:
         raise BadInput(f"{name} has {found.shape[0]} rows, {matrix} has {A.shape[0]}")
     if not found.shape[1]:
         raise BadInput(f"{name} has no columns")
+    if one and found.shape[1] != 1:
+        raise BadInput(f"{name} must hold one column of weights, got {found.shape[1]}")
+    found = found.toarray() if scipy.sparse.issparse(found) else np.asarray(found)
     if not np.isfinite(found).all():
         raise BadInput(f"{name} holds NaN or infinity")
     return found if np.iscomplexobj(found) else found.astype(float)
@@ -94,7 +96,7 @@ def read_right(name: str | None, A: SparseMatrix, matrix: str) -> Tensor:
     """The right-hand sides, (m,) or (m, k); A times ones where there is no file."""
     if name is None:
         return A @ torch.ones(A.shape[1], dtype=A.dtype)
-    b = torch.tensor(read_columns(name, A, matrix))
+    b = torch.tensor(_read_columns(name, A, matrix))
     return b[:, 0] if b.shape[1] == 1 else b
 
 
@@ -102,10 +104,9 @@ def read_weights(name: str | None, A: SparseMatrix, matrix: str) -> Tensor | Non
     """The weights (m,)."""
     if name is None:
         return None
-    found = read_columns(name, A, matrix)
-    if found.shape[1] != 1 or np.iscomplexobj(found):
-        kind = "complex" if np.iscomplexobj(found) else "real"
-        raise BadInput(f"{name} must hold one column of real weights, got {found.shape[1]} of {kind} ones")
+    found = _read_columns(name, A, matrix, one=True)
+    if np.iscomplexobj(found):
+        raise BadInput(f"{name} must hold real weights, got complex ones")
     if (found < 0).any():
         raise BadInput(f"{name} must hold no negative weight, got {found.min():g}")
     return torch.tensor(found[:, 0])
