@@ -57,6 +57,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     calls = len(contestants) * (1 + 2 * options.repeats)
     with tqdm(total=calls, desc="timing", unit=" call", disable=True if out.quiet else None, leave=False) as bar:
         for contestant in contestants:
+            _warm_up(contestant.solver)
             contestant.begin(A, b, options.limit)
             bar.update()
         live = [contestant for contestant in contestants if contestant.repeatable]
@@ -87,6 +88,17 @@ def _problem(options: argparse.Namespace) -> tuple[SparseMatrix, Tensor]:
     pattern, values, measured, weights = levelling_network(_STATIONS, _LINES)
     root = weights.sqrt()
     return SparseMatrix(values * root[pattern.indices[0]], pattern), root * measured
+
+
+def _gradient(A: SparseMatrix, b: Tensor, solver: Any) -> None:
+    """Of the sum of the solution, by A and by b; the solution with it."""
+    torch.func.grad(lambda A, b: solve(A, b, solver=solver).x.sum().real, argnums=(0, 1))(A, b)
+
+
+def _warm_up(solver: Any) -> None:
+    """What a process loads at its first gradient takes seconds, and belongs to no solver."""
+    pattern = SparsePattern(torch.tensor([[0, 1], [0, 0]]), (2, 1))
+    _gradient(SparseMatrix(torch.ones(2, dtype=torch.float64), pattern), torch.ones(2, dtype=torch.float64), solver)
 
 
 def _solvers() -> dict[str, Callable[[CGLS], Any]]:
@@ -144,7 +156,7 @@ class _Contestant:
         self.solves.append(time.perf_counter() - start)
         start = time.perf_counter()
         try:
-            torch.func.grad(lambda A, b: solve(A, b, solver=self.solver).x.sum().real, argnums=(0, 1))(A, b)
+            _gradient(A, b, self.solver)
         except torch.linalg.LinAlgError as error:  # the solution may be good and its gradient not
             self.reason = line_of(error)
         else:
