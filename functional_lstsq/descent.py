@@ -93,10 +93,9 @@ class _Descent:
         going = torch.ones_like(self.status, dtype=torch.bool)
         for close in _CLOSE:
             which = self._approach(going.nonzero()[:, 0], close)
-            which = which[~self._polish(which)]
-            going = torch.zeros_like(going).index_fill(0, which, True)
             if not len(which):
                 break
+            going = torch.zeros_like(going).index_fill(0, which[~self._polish(which)], True)
         return self._judge()
 
     def _approach(self, which: Tensor, close: float) -> Tensor:
@@ -207,10 +206,13 @@ class _Descent:
         spread = EPS * (psi.abs() + s.weights * (s.r.abs() + model.magnitude(s.x)))
         c = model.adjoint(spread * noise(spread)) + EPS * model.adjoint_magnitude(psi.abs()) * noise(s.x)
         g = each(objective.gradient, s.x, *leaves)
-        steps, definite, products = conjugate(objective, s.x, leaves, model, torch.stack([g, c], 2), 1e-3)
+        # Neither sees a direction that it has no part in: at a saddle point that symmetry leads to, the one downwards.
+        probe = torch.where(model.norms > 0, model.norms, 1.0) * noise(s.x, 1)
+        right = torch.stack([g, c, probe], 2)
+        steps, definite, products = conjugate(objective, s.x, leaves, model, right, 1e-3)
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
-        last, rounding = (relative(p, s.x, s.scale, self.least) for p in steps.unbind(2))
+        last, rounding, _ = (relative(p, s.x, s.scale, self.least) for p in steps.unbind(2))
         found = self.status == CONVERGED
         error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
         status = torch.where(found & ~(error <= objective.accept), float(INACCURATE), self.status)
