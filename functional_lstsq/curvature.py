@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .holder import by_name
 from .kernel import solve_kernel
 from .objective import Leaves, Objective, each
 from .products import Operator
-from .result import ConvergenceError, Report
-from .solvers.system import EPS, dot
+from .result import RANK_DEFICIENT, ConvergenceError, Report
+from .solvers import Auto
+from .solvers.system import EPS, dot, tolerance_of
 
 _CORRECTIONS = 8
+_SMALL, _ENTRIES = 64, 2**20
 _FLAT = 1e-12  # curvature, relative to that of the model, that is taken for none
 _TINY = torch.finfo(torch.float64).tiny
+
+
+class Told(NamedTuple):
+    """What is known of a model's matrix, (P,) each."""
+
+    deficient: Tensor
+    condition: Tensor
+    rank: Tensor
+    norm: Tensor
 
 
 @dataclass
@@ -27,7 +41,7 @@ class Model:
     root: Tensor  # W^(1/2)
     d: Tensor
     token: Tensor | None = None  # by which the factors of M are found again
-    told: Report = field(init=False)
+    told: Told = field(init=False)  # once something is solved for
 
     def take(self, which: Tensor) -> Model:
         """Some of the problems."""
@@ -40,7 +54,7 @@ class Model:
         """W^(1/2) J"""
         return Operator(self.objective.pattern, self.values)
 
-    @property
+    @cached_property
     def norms(self) -> Tensor:
         """Of the columns of W^(1/2) J, (P, n)."""
         copies, n = len(self.values), self.objective.pattern.shape[1]
@@ -65,24 +79,16 @@ class Model:
         """|J|^T |y|"""
         return self.A.absolute().adjoint((y.abs() / self.root)[:, :, None])[:, :, 0]
 
-    def solve(self, r: Tensor, x: Tensor) -> Tensor:
-        """The step p to the minimum of the model; NaN where it has none."""
-        c = (self.d.square()[:, None] * x)[:, :, None]
-        return self._solve(self.values, self._damp(), -(self.root * r)[:, :, None], c)[:, :, 0]
-
     def damped(self, r: Tensor, scale: Tensor, mu: Tensor) -> Tensor:
-        """The step to the minimum of the model with mu |scale p|^2 / 2 added."""
+        """The step to the minimum of the model with mu |scale p|^2 / 2 added, for d = 0."""
         columns = self.objective.pattern.indices[1]
         once = replace(self, token=None)
         q = once._solve(self.values / scale[:, columns], mu.sqrt(), -(self.root * r)[:, :, None], None)
         return q[:, :, 0] / scale
 
     def inverse(self, c: Tensor) -> Tensor:
-        """M^-1 c for c (P, n, k)."""
-        return -self._solve(self.values, self._damp(), None, c)
-
-    def _damp(self) -> Tensor | None:
-        return self.d if bool((self.d != 0).any()) else None
+        """M^-1 c for c (P, n, k); NaN where there is none."""
+        return -self._solve(self.values, self.d if bool((self.d != 0).any()) else None, None, c)
 
     def _solve(self, values: Tensor, damp: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
         pattern, settings = self.objective.pattern, self.objective.settings
@@ -91,14 +97,54 @@ class Model:
             values.contiguous(), damp, b, c, None, self.token, pattern.indices, m, n, settings, "return"
         )
         self.token = token if self.token is None else self.token
-        self.told = Report(*report.unbind(1))
+        report = Report(*report[:, :, 0].unbind(1))
+        self.told = Told(report.status == RANK_DEFICIENT, report.condition, report.rank, report.norm)
         return x
+
+
+class SmallModel(Model):
+    """The same by dense singular values, for problems in which a solve's own tests would take most of the time."""
+
+    def damped(self, r: Tensor, scale: Tensor, mu: Tensor) -> Tensor:
+        U, s, Vh = torch.linalg.svd(self._dense / scale[:, None], full_matrices=False)
+        filtered = s / (s.square() + mu[:, None])
+        q = Vh.mT @ (filtered[:, :, None] * (U.mT @ (self.root * r)[:, :, None]))
+        return -q[:, :, 0] / scale
+
+    def inverse(self, c: Tensor) -> Tensor:
+        s, Vh, scale, self.told = self._factors
+        good = torch.where(self.told.deficient[:, None], torch.nan, s)
+        return Vh.mT @ ((Vh @ (c / scale)) / good[:, :, None].square()) / scale
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        m, n = self.objective.pattern.shape
+        rows, columns = self.objective.pattern.indices
+        flat = self.values.new_zeros((len(self.values), m * n))
+        return flat.scatter_add_(1, (rows * n + columns).expand_as(self.values), self.values).view(-1, m, n)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Told]:
+        """Singular values and right vectors of [W^(1/2) J; d] scale^-1."""
+        A = self._dense
+        m, n = A.shape[1:]
+        if bool((self.d != 0).any()):
+            A = torch.cat([A, self.d[:, None, None] * torch.eye(n, dtype=A.dtype, device=A.device)], 1)
+        scale = torch.linalg.vector_norm(A, dim=1)
+        scale = torch.where(scale > 0, scale, 1.0)
+        _, s, Vh = torch.linalg.svd(A / scale[:, None], full_matrices=False)
+        rank = (s > tolerance_of(self.objective.precision, m, n) * s[:, :1]).sum(1).to(s.dtype)
+        told = Told(rank < n, s[:, 0] / s[:, -1], rank, torch.linalg.matrix_norm(A))
+        return s, Vh, scale[:, :, None], told
 
 
 def model_at(objective: Objective, J: Tensor, weights: Tensor, leaves: Leaves, token: Tensor | None = None) -> Model:
     """The model for the Jacobian's values J (P, nnz) and the weights (P, m)."""
     root = weights.sqrt()
-    return Model(objective, root[:, objective.pattern.indices[0]] * J, root, leaves[1], token)
+    m, n = objective.pattern.shape
+    small = n <= _SMALL and len(J) * m * n <= _ENTRIES and isinstance(by_name(objective.settings).solver, Auto)
+    kind = SmallModel if small else Model
+    return kind(objective, root[:, objective.pattern.indices[0]] * J, root, leaves[1], token)
 
 
 def relative(e: Tensor, x: Tensor, scale: Tensor, least: Tensor | float = 0.0) -> Tensor:

@@ -147,7 +147,7 @@ class _Descent:
         model = model_at(self.objective, s.J, s.weights, leaves)
         g = model.gradient(s.r, s.x)
         if self.objective.linear:
-            p = model.solve(s.r, s.x)
+            p = -model.inverse(g[:, :, None])[:, :, 0]
             predicted = -(g * p).sum(1) / 2
         else:
             scale = torch.where(s.scale > 0, s.scale, 1.0)
@@ -217,7 +217,7 @@ class _Descent:
         error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
         status = torch.where(found & ~(error <= objective.accept), float(INACCURATE), self.status)
         status = torch.where(found & ~definite, float(NO_MINIMUM), status)
-        status = torch.where((told.status == RANK_DEFICIENT).any(1), float(RANK_DEFICIENT), status)
+        status = torch.where(told.deficient, float(RANK_DEFICIENT), status)
         s.x = torch.where((status == CONVERGED)[:, None], s.x - steps[:, :, 0], s.x)
         norms = torch.where(model.norms > 0, model.norms, 1.0)
         least = (s.x.shape[1] ** 0.5 * torch.linalg.vector_norm(psi, dim=1)).clamp_min(_TINY)
@@ -227,15 +227,15 @@ class _Descent:
             evaluations=self.evaluations,
             optimality=torch.linalg.vector_norm(g / norms, dim=1) / least,
             forward_error=torch.where(status == RANK_DEFICIENT, torch.inf, error),
-            condition=told.condition[:, 0],
-            rank=told.rank[:, 0],
-            norm=told.norm[:, 0],
+            condition=told.condition,
+            rank=told.rank,
+            norm=told.norm,
             cost=s.f,
         )
         if objective.on_failure == "raise":
             _check(objective, report)
-        assert model.token is not None  # made by `conjugate`
-        return s.x, torch.stack(list(report), 1), model.token
+        token = torch.zeros(1, dtype=torch.int64) if model.token is None else model.token
+        return s.x, torch.stack(list(report), 1), token
 
 
 def _check(objective: Objective, report: FitReport) -> None:
