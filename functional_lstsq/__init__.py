@@ -1,6 +1,7 @@
 """Differentiable sparse least squares, as pure functions for torch.func."""
 
 from .diagnostics import condition, covariance, covariance_diagonal, jacobian_operator, leave_one_out, leverage
+from .fits import FitInfo
 from .gauss_newton import gauss_newton
 from .generic import sparse_generic_lstsq
 from .losses import Cauchy, Huber
@@ -8,7 +9,7 @@ from .lstsq import lstsq, solve
 from .matrix import SparseMatrix
 from .operator import JacobianOperator, LinearOperator
 from .pattern import SparsePattern
-from .result import ConvergenceError, FitInfo, RankDeficientError, Solution, SolveInfo
+from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
 from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor
 from .variable_projection import SeparableFit, variable_projection
 

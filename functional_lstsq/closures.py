@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ def close(function: Callable, name: str, where: str, *examples: Any) -> tuple[Ca
                 f"{name} depends on tensors that are not in {where} and are being differentiated or transformed; "
                 f"their derivatives would be lost: hand them over in {where} (or detach them)"
             )
-    foreign = [t for t in seen.met.values() if is_functorch_wrapped_tensor(t) or t.requires_grad]
-    return (_Closed(function, foreign) if foreign else function), result
+    return (_Closed(function, name, where, list(seen.met.values())) if seen.met else function), result
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -108,14 +108,24 @@ class _Seen(TorchFunctionMode):
 
 
 class _Closed:
-    """`function`, with plain tensors wherever it uses one of the `foreign` ones."""
+    """`function`, with plain tensors in place of the `met` ones that are wrapped, which nothing may change."""
 
-    def __init__(self, function: Callable, foreign: list[Tensor]):
-        self.function, self._foreign = function, foreign
-        self._plain = {id(tensor): plain(tensor) for tensor in foreign}
+    def __init__(self, function: Callable, name: str, where: str, met: list[Tensor]):
+        self.function, self.name, self.where = function, name, where
+        self.used = [tensor for tensor in map(concrete, met) if not tensor.is_inference()]
+        self.versions = [tensor._version for tensor in self.used]
+        self.met = met  # a number stands for an object while that lives
+        foreign = [tensor for tensor in met if is_functorch_wrapped_tensor(tensor) or tensor.requires_grad]
+        self.instead = {id(tensor): plain(tensor) for tensor in foreign}
 
     def __call__(self, *args: Any) -> Any:
-        with _Substitution(self._plain):
+        # As autograd does for tensors that it has saved: a rule would take the derivative at other numbers.
+        if [tensor._version for tensor in self.used] != self.versions:
+            raise ValueError(
+                f"{self.name} uses a tensor that has been changed in place since the solve; hand over in {self.where} "
+                "what changes"
+            )
+        with _Substitution(self.instead) if self.instead else nullcontext():
             return self.function(*args)
 
 

@@ -166,11 +166,12 @@ def conjugate(
     Args:
         tolerance: by how much the error is to shrink, in the norm of M.
     """
-    s, residual = torch.zeros_like(c), c
-    z = model.inverse(c)
+    finite = c.isfinite().all(1)
+    s, residual = torch.zeros_like(c), torch.where(finite[:, None], c, 0.0)
+    z = model.inverse(residual)
     rho = dot(z, residual)
     first, p, length = rho, z, rho
-    definite = rho.isfinite() & (rho >= 0)
+    definite = finite & rho.isfinite() & (rho >= 0)
     live = definite & (rho > 0)
     products = 0
     for _ in range(2 * c.shape[1] + 20):
@@ -199,8 +200,10 @@ def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | 
         ConvergenceError: a last correction above what is accepted, or an H that is not positive definite (NaN for
             these, unless on_failure is "raise").
     """
-    if not bool(c.isfinite().all()):
+    finite = c.isfinite().all(1, keepdim=True)
+    if objective.on_failure == "raise" and not bool(finite.all()):
         raise ValueError(f"a derivative that is taken through {objective.name} must be finite, got NaN or infinity")
+    c = torch.where(finite, c, 0.0)
     size = c.abs().amax(1, keepdim=True)
     c = c / torch.where(size > 0, size, 1.0)
     _, weights, J = each(objective.linearised, x, *leaves)
@@ -226,4 +229,4 @@ def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | 
             f"above what is accepted, {objective.accept:.1e}; condition number of the Jacobian about "
             f"{float(model.told.condition.max()):.1e}. Try: rescale or remove parameters that do nearly the same"
         )
-    return torch.where(failed[:, None], torch.nan, s * size)
+    return torch.where(failed[:, None] | ~finite, torch.nan, s * size)

@@ -10,41 +10,20 @@ carried into x, which is what the error is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .curvature import conjugate, model_at, relative
+from .fits import FitReport, check_fit
 from .objective import Leaves, Objective, each
-from .result import (
-    CONVERGED,
-    INACCURATE,
-    ITERATION_LIMIT,
-    NO_MINIMUM,
-    RANK_DEFICIENT,
-    ConvergenceError,
-    RankDeficientError,
-)
+from .result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
 from .solvers.system import EPS, noise
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
+_SMALLEST = 1e-140  # residual whose squares, and those of their errors, are numbers
 _TINY = torch.finfo(torch.float64).tiny
-
-
-class FitReport(NamedTuple):
-    """What is known of a minimum; every field has shape (P,), in double precision."""
-
-    status: Tensor
-    iterations: Tensor
-    evaluations: Tensor
-    optimality: Tensor
-    forward_error: Tensor
-    condition: Tensor
-    rank: Tensor
-    norm: Tensor
-    cost: Tensor
 
 
 @dataclass
@@ -59,6 +38,7 @@ class _State:
     scale: Tensor
     mu: Tensor
     grow: Tensor
+    floor: Tensor  # what rounding errors of the residual are to f
     stale: Tensor  # r is of this x, J and weights are not
 
     def take(self, which: Tensor) -> _State:
@@ -78,19 +58,32 @@ class _Descent:
     def __init__(self, objective: Objective, x: Tensor, leaves: Leaves):
         self.objective, self.leaves = objective, leaves
         f, r = each(objective.cost, x, *leaves)
-        if not bool(f.isfinite().all()):
-            raise ValueError(f"{objective.name} must be finite at x0, got NaN or infinity")
-        zeros = torch.zeros_like(f)
+        self.broken = self._refused(f, r)
+        f, r = torch.where(self.broken, 0.0, f), torch.where(self.broken[:, None], 0.0, r)
+        zeros, ones = torch.zeros_like(f), torch.ones_like(f)
         empty = x.new_zeros((len(x), objective.pattern.nnz))
         self.state = _State(
-            x.clone(), f, r, torch.ones_like(r), empty, torch.zeros_like(x), zeros + 1e-3, zeros + 2, zeros == 0
-        )
-        self.start, self.least = f.clone(), objective.accept * torch.linalg.vector_norm(r, dim=1)
+            x=x.clone(), f=f, r=r, weights=torch.ones_like(r), J=empty, scale=torch.zeros_like(x),
+            mu=1e-3 * ones, grow=2 * ones, floor=zeros, stale=ones > 0,
+        )  # fmt: skip
+        self.start = f.clone()
         self.iterations, self.evaluations = zeros.clone(), zeros + 1
         self.status = torch.full_like(f, float(INACCURATE))
 
+    def _refused(self, f: Tensor, r: Tensor) -> Tensor:
+        """Which problems cannot start (an error, unless that is not wanted)."""
+        largest = r.abs().amax(1)
+        range_left = largest.isfinite() & (~f.isfinite() | ((largest > 0) & (largest < _SMALLEST)))
+        bad = ~largest.isfinite() | range_left
+        if self.objective.on_failure == "raise" and bool(bad.any()):
+            if bool(range_left.all() | range_left[bad].all()):
+                size = float(largest[range_left][0])
+                raise ValueError(f"{self.objective.start}, in its squares too, got sizes of {size:.1e}: scale it")
+            raise ValueError(f"{self.objective.start}, got NaN or infinity")
+        return bad
+
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        going = torch.ones_like(self.status, dtype=torch.bool)
+        going = ~self.broken
         for close in _CLOSE:
             which = self._approach(going.nonzero()[:, 0], close)
             if not len(which):
@@ -103,13 +96,15 @@ class _Descent:
         objective, arrived = self.objective, torch.zeros_like(self.status, dtype=torch.bool)
         while len(which):
             s, leaves = self._linearised(which)
+            if bool(self.broken[which].any()):
+                which = which[~self.broken[which]]
+                continue
             p, predicted, sound = self._step(s, leaves)
             f, r = each(objective.cost, s.x + p, *leaves)
             self.evaluations[which] += 1
             self.iterations[which] += 1
-            slack = 10 * EPS * s.f
-            better = sound & (f <= s.f - 1e-4 * predicted + slack)
-            small = relative(p, s.x + p, s.scale, self.least[which])
+            better = sound & (f <= s.f - 1e-4 * predicted + 10 * EPS * s.f + s.floor)
+            small = relative(p, s.x + p, s.scale, self._least(which, s))
             gain = ((s.f - f) / predicted.clamp_min(_TINY)).clamp(0, 1)
             s.mu = torch.where(better, s.mu * (1 - (2 * gain - 1) ** 3).clamp_min(1 / 3), s.mu * s.grow).clamp(
                 1e-30, 1e30
@@ -132,12 +127,22 @@ class _Descent:
         stale = which[self.state.stale[which]]
         if len(stale):
             s, leaves = self.state.take(stale), self._of(stale)
-            s.r, s.weights, s.J = each(self.objective.linearised, s.x, *leaves)
-            s.scale = torch.maximum(s.scale, model_at(self.objective, s.J, s.weights, leaves).norms)
-            s.stale = torch.zeros_like(s.stale)
+            r, s.weights, J = each(self.objective.linearised, s.x, *leaves)
+            self.broken[stale] |= ~J.isfinite().all(1) | ~r.isfinite().all(1)
+            good = ~self.broken[stale, None]
+            s.r, s.J, s.weights = r.where(good, 0.0), J.where(good, 0.0), s.weights.where(good, 1.0)
+            model = model_at(self.objective, s.J, s.weights, leaves)
+            s.scale, s.stale = torch.maximum(s.scale, model.norms), torch.zeros_like(s.stale)
+            errors = s.r.abs() + model.magnitude(s.x)
+            s.floor = EPS**2 * (10 * (s.weights * errors.square()).sum(1) + self.start[stale])
             self.state.put(stale, s)
             self.evaluations[stale] += 1
         return self.state.take(which), self._of(which)
+
+    def _least(self, which: Tensor, s: _State) -> Tensor:
+        """Below this an x, scaled, is zero but for rounding: beside the residuals that it leaves, or those at x0."""
+        left = torch.linalg.vector_norm(s.weights * s.r, dim=1)
+        return self.objective.accept * left + EPS**2 * self.start[which].sqrt()
 
     def _of(self, which: Tensor) -> Leaves:
         return self.leaves if len(which) == len(self.status) else tuple(leaf[which] for leaf in self.leaves)
@@ -162,15 +167,16 @@ class _Descent:
         place = torch.arange(len(which), device=which.device)
         s, leaves = self.state.take(which), self._of(which)
         model = model_at(objective, s.J, s.weights, leaves)  # of one step before: it is a preconditioner, no more
-        x, previous = s.x, torch.full_like(s.f, torch.inf)
+        x, previous, least = s.x, torch.full_like(s.f, torch.inf), self._least(which, s)
         target = 10 * objective.precision**0.5
         for _ in range(_NEWTON):
             g = each(objective.gradient, x, *leaves)
             step, definite, products = conjugate(objective, x, leaves, model, g[:, :, None], 1e-6)
             self.evaluations[which[place]] += 1 + products
             p = -step[:, :, 0]
-            moved = relative(p, x, s.scale[place], self.least[which[place]])
-            shrinks = definite[:, 0] & (moved < previous / 2)  # not of NaN
+            moved = relative(p, x + p, model.norms, least[place])
+            length = torch.linalg.vector_norm(model.norms * p, dim=1)
+            shrinks = definite[:, 0] & (length < previous / 2)  # not of NaN
             x = torch.where(shrinks[:, None], x + p, x)
             # Where they end to shrink, steps are rounding errors, if they are small: Newton's is far away otherwise.
             right = torch.where(shrinks, moved <= target, definite[:, 0] & (moved <= 1e-2))
@@ -180,12 +186,12 @@ class _Descent:
             rest = shrinks & ~right
             if not bool(rest.any()):
                 break
-            place, x, previous = place[rest], x[rest], moved[rest]
+            place, x, previous = place[rest], x[rest], length[rest]
             leaves, model = tuple(leaf[rest] for leaf in leaves), model.take(rest)
         at, s, leaves = which[found], s.take(found), tuple(leaf[found] for leaf in self._of(which))
         if len(at):
             f, r = each(objective.cost, self.state.x[at], *leaves)
-            lower = f <= s.f * (1 + 1e-6) + 1e-24 * self.start[at]
+            lower = f <= s.f * (1 + 1e-6) + s.floor
             self.evaluations[at] += 1
             self.state.x[at] = torch.where(lower[:, None], self.state.x[at], s.x)
             self.state.f[at], self.state.r[at] = torch.where(lower, f, s.f), torch.where(lower[:, None], r, s.r)
@@ -212,61 +218,29 @@ class _Descent:
         steps, definite, products = conjugate(objective, s.x, leaves, model, right, 1e-3)
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
-        last, rounding, _ = (relative(p, s.x, s.scale, self.least) for p in steps.unbind(2))
-        found = self.status == CONVERGED
+        least = self._least(torch.arange(len(self.status), device=self.status.device), s)
+        last, rounding, _ = (relative(p, s.x, model.norms, least) for p in steps.unbind(2))
+        found = (self.status == CONVERGED) & ~self.broken
         error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
         status = torch.where(found & ~(error <= objective.accept), float(INACCURATE), self.status)
         status = torch.where(found & ~definite, float(NO_MINIMUM), status)
         status = torch.where(told.deficient, float(RANK_DEFICIENT), status)
+        status = torch.where(self.broken, float(INACCURATE), status)
         s.x = torch.where((status == CONVERGED)[:, None], s.x - steps[:, :, 0], s.x)
         norms = torch.where(model.norms > 0, model.norms, 1.0)
-        least = (s.x.shape[1] ** 0.5 * torch.linalg.vector_norm(psi, dim=1)).clamp_min(_TINY)
+        size = (s.x.shape[1] ** 0.5 * torch.linalg.vector_norm(psi, dim=1)).clamp_min(_TINY)
         report = FitReport(
             status=status,
             iterations=self.iterations,
             evaluations=self.evaluations,
-            optimality=torch.linalg.vector_norm(g / norms, dim=1) / least,
+            optimality=torch.linalg.vector_norm(g / norms, dim=1) / size,
             forward_error=torch.where(status == RANK_DEFICIENT, torch.inf, error),
-            condition=told.condition,
+            condition=torch.where(self.broken, torch.nan, told.condition),
             rank=told.rank,
             norm=told.norm,
             cost=s.f,
         )
         if objective.on_failure == "raise":
-            _check(objective, report)
+            check_fit(report, objective.name, objective.pattern.shape[1], objective.accept)
         token = torch.zeros(1, dtype=torch.int64) if model.token is None else model.token
         return s.x, torch.stack(list(report), 1), token
-
-
-def _check(objective: Objective, report: FitReport) -> None:
-    """Raise what a report of failure calls for."""
-    failed = report.status != CONVERGED
-    if not bool(failed.any()):
-        return
-    p = int(failed.nonzero()[0])
-    told = FitReport(*(field[p] for field in report))
-    many, name = len(failed), objective.name
-    where = f" ({int(failed.sum())} of {many} problems failed; the first: number {p})" if many > 1 else ""
-    if told.status == RANK_DEFICIENT:
-        n = objective.pattern.shape[1]
-        known = f"rank {int(told.rank)}" if int(told.rank) >= 0 else f"rank below {n}"
-        raise RankDeficientError(
-            f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there is not "
-            "unique. Try: remove or fix parameters that do nothing, or nothing of their own; another x0"
-        )
-    ended = f"{name} ended after {int(told.iterations)} iterations"
-    if told.status == NO_MINIMUM:
-        raise ConvergenceError(
-            f"{ended} at a point that is not a strict minimum{where}: along some direction the cost, {told.cost:.3e}, "
-            "does not curve upwards. Try: another x0, nearer to a minimum; fewer parameters"
-        )
-    if told.status == ITERATION_LIMIT:
-        raise ConvergenceError(
-            f"{ended}, the limit{where}, without a minimum; cost {told.cost:.3e}, optimality {told.optimality:.1e}. "
-            "Try: raise max_iterations; another x0; parameters of sizes of about 1"
-        )
-    raise ConvergenceError(
-        f"{ended} with an estimated forward error of {told.forward_error:.1e}{where}, above what is accepted, "
-        f"{objective.accept:.1e}; condition number of the Jacobian about {told.condition:.1e}, optimality "
-        f"{told.optimality:.1e}. Try: rescale or remove parameters that do nearly the same; another x0"
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .closures import close, plain
 from .coloring import jacobian_values
-from .descent import FitReport
+from .fits import FitInfo, FitReport
 from .holder import check_solver, name_of
 from .implicit import Minimum
 from .losses import loss_of
@@ -20,7 +20,7 @@ from .matrix import SparseMatrix
 from .objective import Objective
 from .pattern import SparsePattern
 from .problem import check_numbers
-from .result import FitInfo, Solution
+from .result import Solution
 from .solvers.system import noise
 
 _ENTRIES = 10**7  # of a Jacobian that is formed whole
@@ -88,7 +88,10 @@ def gauss_newton(
     tensor([[ 0.9282,  0.2309, -0.0541, -0.1303, -0.1260],
             [ 0.1879, -0.1875, -0.2361, -0.1876, -0.1275]], dtype=torch.float64)
     """
-    return minimum_of(residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0")
+    x, dtype, info, given = minimum_of(
+        residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0"
+    )
+    return Solution(x.to(dtype), residual(x, *given).to(dtype), info)
 
 
 def minimum_of(
@@ -102,17 +105,26 @@ def minimum_of(
     throw: bool,
     name: str,
     of_start: str,
-) -> Solution:
-    """`gauss_newton` for itself and for `variable_projection`, under the names that these give."""
+) -> tuple[Tensor, torch.dtype, FitInfo, tuple]:
+    """(x, dtype of the results, info, args), in double precision, under the names that the caller gives."""
     _check(residual, x0, args, jacobian, max_iterations, name, of_start)
     check_solver(solver)
     loss, threshold = loss_of(robust, x0.device)
     tensors, rebuild = _taken_apart(args)
-    for tensor, where in ((x0, of_start), (threshold, "threshold of robust"), *((t, "args") for t in tensors)):
+    for tensor, where in ((x0, of_start), *((t, "args") for t in tensors)):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
         check_numbers(where, tensor)
-    if not bool((plain(threshold) > 0) | (robust is None)):
-        raise ValueError(f"threshold of robust must be positive, got {float(plain(threshold)):g}")
-    function, r = close(lambda x, *t: residual(x, *rebuild(t)), "residual", "args", x0, *tensors)
+    start, doubled = x0.detach().to(torch.float64), [_double(tensor) for tensor in tensors]
+    try:
+        function, r = close(lambda x, *t: residual(x, *rebuild(t)), "residual", "args", start, *doubled)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise TypeError(
+            f"residual must take {of_start} and args in double precision, got an error of torch: {error}. Hand over in "
+            "args what is of single precision, or convert it"
+        ) from error
     n = x0.shape[0]
     if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
         got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
@@ -120,12 +132,14 @@ def minimum_of(
     m = r.shape[0]
     if m < n:
         raise ValueError(f"residual must give at least as many numbers as {of_start} has, {n}, got {m}")
-    dtype = torch.promote_types(x0.dtype, r.dtype)
+    dtype = x0.dtype
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype == torch.float64:
+            dtype = tensor.dtype
 
     def in_double(x: Tensor, *given: Tensor) -> Tensor:
         return function(x, *given).to(torch.float64)
 
-    doubled = [_double(tensor) for tensor in tensors]
     pattern, values = _jacobian_of(in_double, jacobian, rebuild, m, n, x0, doubled)
     objective = Objective(
         residual=in_double,
@@ -138,9 +152,10 @@ def minimum_of(
         on_failure="raise" if throw else "nan",
         linear=False,
         name=name,
+        start=f"residual must be finite at {of_start}",
     )
     leaves = (threshold, torch.zeros_like(threshold), *doubled)
-    x, numbers, _ = Minimum.apply(objective, x0.detach().to(torch.float64)[None], *(leaf[None] for leaf in leaves))
+    x, numbers, _ = Minimum.apply(objective, start[None], *(leaf[None] for leaf in leaves))
     x, report = x[0], FitReport(*numbers[0])
     info = FitInfo(
         status_code=report.status.to(torch.int64),
@@ -151,7 +166,7 @@ def minimum_of(
         condition=report.condition,
         cost=report.cost,
     )
-    return Solution(x.to(dtype), residual(x, *rebuild(doubled)).to(dtype), info)
+    return x, dtype, info, rebuild(doubled)
 
 
 def _check(residual: Any, x0: Any, args: Any, jacobian: Any, max_iterations: Any, name: str, of_start: str) -> None:
@@ -213,7 +228,7 @@ def _jacobian_of(
         pattern = _full(m, n, x0.device)
         # torch.func.jacfwd takes as many directions at a time as there are.
         return pattern, lambda x, *t: torch.func.jacfwd(lambda x: residual(x, *t))(x).reshape(-1)
-    start = plain(x0).to(torch.float64)
+    point = plain(x0).to(torch.float64)
     plainly = [plain(tensor) for tensor in given]
     if isinstance(jacobian, SparsePattern):
         pattern = jacobian
@@ -222,7 +237,7 @@ def _jacobian_of(
             return jacobian_values(lambda x: residual(x, *t), x, pattern)
 
     else:
-        closed, J = close(lambda x, *t: jacobian(x, *rebuild(t)), "jacobian", "args", start, *plainly)
+        closed, J = close(lambda x, *t: jacobian(x, *rebuild(t)), "jacobian", "args", point, *plainly)
         if not isinstance(J, SparseMatrix):
             raise TypeError(f"jacobian must give a SparseMatrix, got {type(J).__name__}")
         pattern = J.pattern
@@ -237,9 +252,9 @@ def _jacobian_of(
         raise ValueError(f"jacobian must have shape ({m}, {n}), got {tuple(pattern.shape)}")
     if pattern.device != x0.device:
         raise ValueError(f"jacobian is on {pattern.device}, x0 is on {x0.device}")
-    v = noise(start)
-    got = SparseMatrix(values(start, *plainly), pattern) @ v
-    want: Any = torch.func.jvp(lambda x: residual(x, *plainly), (start,), (v,))[1]
+    v = noise(point)
+    got = SparseMatrix(values(point, *plainly), pattern) @ v
+    want: Any = torch.func.jvp(lambda x: residual(x, *plainly), (point,), (v,))[1]
     off = float((got - want).norm() / torch.maximum(got.norm(), want.norm()).clamp_min(1e-300))
     if not off <= _SAME:
         raise ValueError(

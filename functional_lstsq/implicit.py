@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .curvature import solve_curvature
-from .descent import FitReport, minimise
+from .descent import minimise
+from .fits import FitReport
 from .objective import each
 from .transforms import Primitive, join_columns, join_matrices, split_columns, split_matrices
 
@@ -43,11 +44,11 @@ class Minimum(Primitive):
         which = [i for i in range(len(leaves)) if needed[1 + i]]
         if x_bar is None or not which:
             return None, *bars
-        s = _where_found(SolveCurvature.apply(objective, x_bar[:, :, None], x, token, *leaves)[:, :, 0], report)
+        s = SolveCurvature.apply(objective, x_bar[:, :, None], x, token, *leaves)[:, :, 0]
         moved, chosen = _of_some(which, leaves, lambda *every: each(objective.gradient, x, *every))
         pull: Any = torch.func.vjp(moved, *chosen)[1]
         for i, bar in zip(which, pull(-s), strict=True):
-            bars[i] = bar
+            bars[i] = _where_found(bar, report)
         return None, *bars
 
     @classmethod
@@ -130,5 +131,6 @@ def _of_some(which: list[int], every: list[Tensor], function: Callable) -> tuple
 
 
 def _where_found(derivative: Tensor, report: Tensor) -> Tensor:
-    """What failed under throw=False has NaN for a derivative."""
-    return torch.where(report[:, FitReport._fields.index("status"), None] == 0, derivative, torch.nan)
+    """What failed under throw=False has NaN for a derivative (P, ...)."""
+    factor = torch.where(report[:, FitReport._fields.index("status")] == 0, 1.0, torch.nan)
+    return factor.view(-1, *[1] * (derivative.ndim - 1)) * derivative  # a product, whose own derivatives are NaN too

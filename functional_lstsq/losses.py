@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transforms import concrete
+
 
 class Square:
     """z^2 / 2, of least squares."""
@@ -87,4 +89,9 @@ def loss_of(robust: object, device: torch.device) -> tuple[Square, Tensor]:
     if not number and not (isinstance(t, Tensor) and t.ndim == 0 and t.is_floating_point()):
         got = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else repr(t)
         raise TypeError(f"threshold of robust must be a positive number or a 0-d real tensor, got {got}")
-    return robust, torch.as_tensor(t, dtype=torch.float64, device=device)
+    t = torch.as_tensor(t, dtype=torch.float64, device=device)
+    every = concrete(t)  # of a batch too
+    bad = ~((every > 0) & every.isfinite())
+    if bool(bad.any()):
+        raise ValueError(f"threshold of robust must be positive and finite, got {float(every[bad].reshape(-1)[0]):g}")
+    return robust, t

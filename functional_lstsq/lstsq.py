@@ -84,7 +84,7 @@ def lstsq(
             [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
     """
     problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0)
-    if robust is not None:
+    if robust is not None and problem.b.numel():
         return _run_robust(problem, robust, True)[0]
     r, x, _ = run(problem, "raise")
     return shaped(r if problem.wide else x, problem).to(problem.dtype)
@@ -125,7 +125,7 @@ def solve(
     ('converged', True)
     """
     problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0)
-    if robust is not None:
+    if robust is not None and problem.b.numel():
         return Solution(*_run_robust(problem, robust, throw))
     r, x, numbers = run(problem, "raise" if throw else "return")
     report = Report(*(shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))

@@ -125,8 +125,8 @@ class SolveInfo(NamedTuple):
         return _restore, (tuple(self), {code: _methods[code] for code in codes.tolist()})
 
     def __repr__(self) -> str:
-        numbers = {name: getattr(self, name) for name in self._fields[2:9]}
-        shown = (f"{name}={_show(concrete(value))}" for name, value in numbers.items())
+        numbers = {name: getattr(self, name) for name in self._fields[2:8]}
+        shown = (f"{name}={show(concrete(value))}" for name, value in numbers.items())
         return (
             f"SolveInfo(status={self.status!r}, method={self.method!r}, {', '.join(shown)}, tried={self.tried!r}, "
             f"adjoint_error={self.adjoint_error:.2g})"
@@ -148,43 +148,11 @@ def _restore(numbers: tuple[Tensor, ...], names: dict[int, str]) -> SolveInfo:
     )
 
 
-def _show(tensor: Tensor) -> str:
+def show(tensor: Tensor) -> str:
+    """Numbers in a few words."""
     if tensor.ndim == 0:
         return f"{tensor.item():.2g}" if tensor.is_floating_point() else str(tensor.item())
     return str(tensor.tolist()) if tensor.numel() <= 4 else f"<{tuple(tensor.shape)}>"
-
-
-class FitInfo(NamedTuple):
-    """What is known of a minimum, by `gauss_newton` or `variable_projection`; numbers are 0-d tensors.
-
-    Attributes:
-        status_code: 0 for success; `status` says it in words.
-        iterations: damped Gauss-Newton steps that were tried.
-        evaluations: of the residual, of its Jacobian, of the gradient, and products with the Hessian matrix, together.
-        optimality: |J^T psi| / (|J| |psi|), columns scaled to norm 1. Necessary, not sufficient.
-        forward_error: estimate of |x - x_exact| / |x_exact|, for unknowns as they are or scaled by the norms of the
-            Jacobian's columns, whichever is larger: Newton's last step, and what rounding may do. This decides whether
-            a minimum is accepted.
-        condition: estimate of the 2-norm condition number of the Jacobian with its columns scaled to norm about 1.
-        cost: half the sum of squares, or the sum of the robust losses.
-    """
-
-    status_code: Tensor
-    iterations: Tensor
-    evaluations: Tensor
-    optimality: Tensor
-    forward_error: Tensor
-    condition: Tensor
-    cost: Tensor
-
-    @property
-    def status(self) -> str:
-        """In words; the worst one where there are several problems."""
-        return STATUSES[int(concrete(self.status_code).max())]
-
-    def __repr__(self) -> str:
-        shown = (f"{name}={_show(concrete(getattr(self, name)))}" for name in self._fields[1:])
-        return f"FitInfo(status={self.status!r}, {', '.join(shown)})"
 
 
 class Solution(NamedTuple):

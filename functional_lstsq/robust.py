@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closures import plain
-from .descent import FitReport
+from .fits import FitReport
 from .holder import by_name, name_of
 from .implicit import Minimum
 from .losses import loss_of
@@ -27,8 +26,6 @@ def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple
     pattern, (m, n) = problem.A.pattern, problem.shape
     indices, settings = pattern.indices, by_name(problem.settings)
     loss, threshold = loss_of(robust, problem.b.device)
-    if not bool(plain(threshold) > 0):
-        raise ValueError(f"threshold of robust must be positive, got {float(plain(threshold)):g}")
     b = problem.b.reshape(m, -1).T
     values = problem.A.values
     if problem.weights is not None:
@@ -50,6 +47,7 @@ def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple
         on_failure="raise" if throw else "nan",
         linear=True,
         name="the robust fit",
+        start="b - A x must be finite at x0",
     )
     damp = torch.zeros_like(threshold) if problem.damp is None else problem.damp
     k = b.shape[0]

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .fits import FitInfo
 from .gauss_newton import minimum_of
 from .lstsq import solve
-from .result import FitInfo
+from .problem import check_numbers
 
 
 class SeparableFit(NamedTuple):
@@ -74,6 +75,8 @@ def variable_projection(
         raise TypeError(f"b must be a real tensor, got {b.dtype if isinstance(b, Tensor) else type(b).__name__}")
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+    check_numbers("b", b)
+    check_numbers("weights", weights if isinstance(weights, Tensor) else None)
 
     def reduced(p: Tensor, b: Tensor, weights: Tensor | None, *args: Any) -> Tensor:
         # A step may lead to where A has no full rank: NaN, which makes it shorter.
@@ -83,8 +86,10 @@ def variable_projection(
             r = root * r if r.ndim == 1 else root[:, None] * r
         return r.reshape(-1)
 
-    p, _, info = minimum_of(
+    p, dtype, info, given = minimum_of(
         reduced, p0, (b, weights, *args), None, None, solver, max_iterations, throw, "variable_projection", "p0"
     )
-    x, residual, _ = solve(design(p, *args), b, weights=weights, solver=solver, throw=throw)
-    return SeparableFit(p, x, residual, info)
+    b, weights, *args_in_double = given
+    # In double precision to the end: x may move much more than p.
+    x, residual, _ = solve(design(p, *args_in_double), b, weights=weights, solver=solver, throw=throw)
+    return SeparableFit(p.to(dtype), x.to(dtype), residual.to(dtype), info)

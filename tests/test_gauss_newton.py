@@ -16,6 +16,10 @@ Y = torch.tensor([2.0, 1.3, 0.8, 0.5, 0.4, 0.2], dtype=D)
 X0 = torch.tensor([1.0, 1.0], dtype=D)
 
 
+def tensor(*numbers):
+    return torch.tensor(numbers, dtype=D)
+
+
 def decay(x, y):
     return x[0] * torch.exp(-x[1] * T.to(y.dtype)) - y
 
@@ -188,15 +192,46 @@ def test_solutions_that_are_zero():
     close(jacrev(f)(zero), torch.eye(2, dtype=D) / 2, 1e-12)
 
 
+@pytest.mark.parametrize("size", [1e8, 1e13, 1e20])
+def test_a_start_far_away_does_not_coarsen_what_is_accepted(size):
+    residual = lambda x: torch.stack([size * x[0], torch.exp(x[1]) - 2, (x[1] - 1) / 2])  # noqa: E731
+    solution = fl.gauss_newton(residual, tensor(1, 5), throw=False)
+    if solution.info.status == "converged":
+        close(solution.x, tensor(0, 0.710753666003), 1e-11)
+
+
+def test_sizes_whose_squares_are_no_numbers_are_refused():
+    for size in (1e-165, 1e160):
+        with pytest.raises(ValueError, match="in its squares too, got sizes of"):
+            fl.gauss_newton(lambda x, c=size: c * torch.cat([x - 1, x.exp() - 3]), X0)
+
+
+def test_what_the_residual_uses_must_not_change_before_a_derivative():
+    data = Y.clone()
+    s = torch.ones((), dtype=D, requires_grad=True)
+    x = fl.gauss_newton(lambda x, s: decay(x, s * data), X0, (s,)).x
+    data.mul_(2)
+    with pytest.raises(ValueError, match="residual uses a tensor that has been changed in place"):
+        x.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("residual", "x0", "error", "words"),
     [
         (lambda x: torch.stack([x[0] + x[1], x[0] + x[1] - 1]), X0, fl.RankDeficientError, "rank 1, not full rank 2"),
         (lambda x: torch.stack([x[0] ** 2 - 1, x[1]]), 0 * X0, torch.linalg.LinAlgError, "minimum"),  # a maximum
         (lambda x: torch.cat([x[:1] ** 2 - 1, x]), torch.tensor([0.0, 1.0]), fl.ConvergenceError, "not a strict"),
+        (
+            lambda x: torch.stack([x[1] - 3, x[0] ** 2 * x[1] - 1, x[0] / 10]),
+            X0 * tensor(0, 1),
+            fl.ConvergenceError,
+            "not",
+        ),
+        (lambda x: torch.stack([x[0].cos() + 2, x[0] / 100, x[1]]), 0 * X0, fl.ConvergenceError, "not a strict"),
+        (lambda x: torch.stack([x[0].sqrt() - 1, x[0], x[1]]), 0 * X0, fl.ConvergenceError, "NaN or infinity"),
         (lambda x: torch.exp(-x).sum()[None].expand(2) + 0 * x, X0, torch.linalg.LinAlgError, "ended after|rank"),
     ],
-    ids=["flat", "maximum", "saddle", "no minimum"],
+    ids=["flat", "maximum", "saddle", "hidden saddle", "hidden maximum", "infinite slope", "no minimum"],
 )
 def test_what_is_no_minimum_is_refused(residual, x0, error, words):
     with pytest.raises(error, match=words):
@@ -213,6 +248,8 @@ def test_without_throw_derivatives_of_what_failed_are_nan():
     with pytest.raises(fl.ConvergenceError, match="after 2 iterations, the limit"):
         fit(Y, max_iterations=2)
     far = torch.stack([Y, 1e3 * Y.flip(0)])
+    twice = hessian(lambda y: vmap(lambda y: f(y).x)(torch.stack([y, y])).sum())
+    assert twice(Y).isnan().all()
     batch = vmap(lambda y: fl.gauss_newton(decay, X0, (y,), max_iterations=20, throw=False))(far)
     with pytest.raises(fl.ConvergenceError, match=r"1 of 2 problems failed; the first: number 1"):
         vmap(lambda y: fit(y, max_iterations=20))(far)
@@ -244,8 +281,19 @@ BAD = {
         ValueError,
         "jacobian must be that of residual",
     ),
+    "single": (lambda: fl.gauss_newton(lambda x: torch.eye(2) @ x, X0.float()), TypeError, "in double precision"),
+    "sparse": (lambda: fl.gauss_newton(decay, X0, (Y.to_sparse(),)), TypeError, "args must hold dense tensors"),
+    "thresholds": (
+        lambda: vmap(lambda t: fit(Y, robust=fl.Cauchy(t)))(torch.tensor([1.0, -1.0])),
+        ValueError,
+        "threshold of robust must be positive and finite, got -1",
+    ),
     "robust": (lambda: fit(Y, robust="huber"), TypeError, r"robust must be None, Huber\(\) or Cauchy\(\), got 'huber'"),
-    "threshold": (lambda: fit(Y, robust=fl.Huber(-1.0)), ValueError, "threshold of robust must be positive, got -1"),
+    "threshold": (
+        lambda: fit(Y, robust=fl.Huber(-1.0)),
+        ValueError,
+        "threshold of robust must be positive and finite, got -1",
+    ),
     "solver": (lambda: fit(Y, solver=fl.Dense), TypeError, "solver must be None or a solver"),
     "iterations": (lambda: fit(Y, max_iterations=0), ValueError, "max_iterations must be at least 1, got 0"),
     "compile": (torch.compile(lambda: fit(Y), backend="eager", fullgraph=True), Exception, "cannot take gauss_newton"),
