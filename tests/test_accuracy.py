@@ -106,7 +106,7 @@ def test_condition_estimates(solver, condition, wide):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("signs", itertools.product((1.0, -1.0), repeat=2))
+@pytest.mark.parametrize("signs", list(itertools.product((1.0, -1.0), repeat=2)))
 def test_claims_beside_a_dominating_column(solver, signs):
     """Rounding errors along one large column must not hide what they do to a small one."""
     A = torch.tensor([[1.1, 0.7e10 * signs[0]], [0.3, 0.9e10 * signs[1]]], dtype=torch.float64)

@@ -83,7 +83,7 @@ def test_a_batch_with_matrices_of_different_kinds():
         torch.vmap(lambda A: fl.lstsq(fl.SparseMatrix(A.reshape(-1), pattern), b))(batch)
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(range(5), 2))
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(5), 2)))
 def test_no_pair_of_equal_columns_escapes_the_iteration(pair):
     A = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     A[:, pair[0]] = A[:, pair[1]]
