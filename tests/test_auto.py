@@ -94,6 +94,8 @@ def test_info_tells_of_the_norm_and_of_the_last_derivative():
         _, info = torch.func.grad(loss, has_aux=True)(values)
         assert 0 < info.adjoint_error < 1e-9
         assert f"adjoint_error={info.adjoint_error:.2g}" in repr(info)
+        assert "norm=" in repr(info)
+        assert "code" not in repr(info)  # numbers that stand for words
 
 
 def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypatch):
