@@ -13,7 +13,7 @@ from .layouts import LAYOUTS
 from .matrix import DTYPES, SparseMatrix, single
 from .operator import LinearOperator
 from .robust import check_robust
-from .solvers import CGLS, Auto
+from .solvers import CGLS, Auto, BlockJacobi
 from .transforms import concrete, is_traced, prepare_compiler
 
 
@@ -125,6 +125,11 @@ def _of_operator(solver: Any, rank_deficient: str, refine: str) -> CGLS:
     if rank_deficient == "minimum_norm" or refine == "extended":
         got = "refine='extended'" if refine == "extended" else "rank_deficient='minimum_norm'"
         raise ValueError(f"a LinearOperator allows no {got}, which needs the entries of A")
+    if isinstance(solver.preconditioner, BlockJacobi):
+        raise TypeError(
+            "preconditioner must be a GramFactor, another callable or None for a LinearOperator, got a BlockJacobi, "
+            "which needs the entries of A"
+        )
     return solver
 
 

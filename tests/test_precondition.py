@@ -121,6 +121,20 @@ def test_bad_settings_of_preconditioners_are_refused():
         fl.GramFactor(fl.SparseMatrix(values, pattern), solver=fl.CGLS())
 
 
+def test_a_linear_operator_has_no_blocks_and_is_not_touched_to_say_so():
+    def matvec(params, x):
+        raise AssertionError("there was no need to")
+
+    A, solver = fl.LinearOperator(matvec, torch.ones(4), 4), fl.CGLS(preconditioner=fl.BlockJacobi(torch.arange(4)))
+    for given in (solver, fl.Auto(cgls=solver)):
+        with pytest.raises(TypeError, match=r"preconditioner must be .* for a LinearOperator, got a BlockJacobi"):
+            fl.lstsq(A, torch.ones(4), solver=given)
+    pattern, values, b = problem(12, 4)
+    matrix = fl.SparseMatrix(values, pattern)
+    A = fl.LinearOperator(lambda D, x: D @ x, matrix.to_dense(), 4)
+    close(fl.lstsq(A, b, solver=fl.CGLS(preconditioner=fl.GramFactor(matrix))), fl.lstsq(matrix, b), 1e-9)
+
+
 def test_a_preconditioner_cannot_hide_a_weak_direction():
     """A factor of another matrix, weak elsewhere, sees little of the direction in which A is weak."""
 

@@ -30,14 +30,16 @@ Apply = Callable[[Tensor], Tensor]
 class BlockJacobi:
     """The inverse of the diagonal blocks of A^H A + damp^2 that belong to groups of columns.
 
-    For columns that are coupled strongly within small groups: the coefficients of one body, cell or camera.
+    For columns that are coupled strongly within small groups: the coefficients of one body, cell or camera. It needs
+    the entries of A, so not for a LinearOperator.
 
     Args:
         groups: (n,) integer tensor, the group of each column (of each row, where A is wide). A group of s columns takes
             s^2 numbers of memory, as large as the largest group for each, and s^3 / 3 operations.
 
     Raises:
-        TypeError, ValueError: groups are not integers of shape (n,), when A is known.
+        TypeError, ValueError: groups are not integers; a solve raises them for groups not of shape (n,) and for a
+            LinearOperator.
 
     Source: Saad, Iterative Methods for Sparse Linear Systems, SIAM 2003, section 10.2.
 
