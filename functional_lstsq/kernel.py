@@ -20,9 +20,11 @@ from .result import (
     RankDeficientError,
     Report,
     check,
+    least_norm,
     method_code,
     remember_derivative,
 )
+from .solvers import CGLS
 from .solvers.gram import full_matching
 from .solvers.system import System, norm, power_of_two
 from .transforms import define
@@ -51,7 +53,7 @@ def _solve_kernel(
     def make() -> System:
         pattern = find_pattern(indices, m, n)
         if on_failure == "raise" and damp is None and not wanted.minimum_norm:
-            _require_matching(pattern, wanted.wide)
+            _require_matching(pattern, wanted)
         return System(Operator(pattern, values), damp, wanted.precision, extended=wanted.extended, exact=wanted.exact)
 
     return solve_plainly(values, {"values": (values,)}, damp, b, c, known, token, m, n, wanted, on_failure, make)
@@ -110,7 +112,8 @@ def solve_plainly(
     if keeper.solves > 1 and on_failure != "accept":
         remember_derivative(keeper.key, float(torch.maximum(report.residual_error, report.solution_error).max()))
     if on_failure == "raise":
-        check(report, n, system.accept, wanted.minimum_norm, lambda p: _name_columns(factors, p, wanted.wide))
+        by_products = not isinstance(system.A, Operator)
+        check(report, n, system.accept, wanted, by_products, lambda p: _name_columns(factors, p, wanted.wide))
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
@@ -147,24 +150,27 @@ def _solve_block(
     return r, x, _settle(system, report, r, x, b, known)
 
 
-def _require_matching(pattern: SparsePattern, wide: bool) -> None:
+def _require_matching(pattern: SparsePattern, wanted: Settings) -> None:
     """Refuse a pattern for which no values have full rank."""
-    n = pattern.shape[1]
+    n, wide = pattern.shape[1], wanted.wide
     rank, unmatched = pattern.keep("matching", lambda: full_matching(pattern))
     if unmatched >= 0:
         what = "row" if wide else "column"
         raise RankDeficientError(
             f"A has structural rank {rank}, not full rank {n}: its pattern allows no full rank, whatever the values; "
             f"{what} {unmatched} for one is empty or shares too few {'column' if wide else 'row'}s with others. Pass "
-            f"rank_deficient='minimum_norm' for the solution of least norm, or damp > 0, or remove such {what}s"
+            f"{least_norm(isinstance(wanted.solver, CGLS))} for the solution of least norm, or damp > 0, or remove "
+            f"such {what}s"
         )
 
 
 def _name_columns(factors: Any, p: int, wide: bool) -> str:
     """Which columns are dependent, as a part of an error message."""
     columns = factors.dependent(p) if hasattr(factors, "dependent") else []
-    what = "rows" if wide else "columns"
-    return f"; {what} {', '.join(map(str, columns))} take part in a dependence" if columns else ""
+    what, which = "row" if wide else "column", ", ".join(map(str, sorted(columns)))
+    if len(columns) == 1:
+        return f"; {what} {which} takes part in a dependence"
+    return f"; {what}s {which} take part in a dependence" if columns else ""
 
 
 def _rounded(report: Report, solution: Tensor, name: str) -> Report:

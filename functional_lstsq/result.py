@@ -167,10 +167,20 @@ for _kind in (SolveInfo, Solution):  # for torch.export
     torch_pytree._register_namedtuple(_kind, serialized_type_name=f"functional_lstsq.{_kind.__name__}")
 
 
-def check(report: Report, full: int, accept: float, minimum_norm: bool, dependent: Callable[[int], str]) -> None:
+def least_norm(by_cgls: bool) -> str:
+    """How to ask for the solution of least norm, which CGLS cannot give."""
+    return "rank_deficient='minimum_norm'" + (" with solver=None, Direct() or Dense()" if by_cgls else "")
+
+
+def check(
+    report: Report, full: int, accept: float, wanted: Any, by_products: bool, dependent: Callable[[int], str]
+) -> None:
     """Raise what a report of failure calls for; one host synchronisation when all is well.
 
-    `dependent` says which columns of matrix p of the batch take part in a dependence, if that is known.
+    Args:
+        wanted: the `Settings` of the solve.
+        by_products: A is known by its products only.
+        dependent: which columns of matrix p of the batch take part in a dependence, if that is known.
     """
     failed = report.status != CONVERGED
     if not bool(failed.any()):
@@ -183,16 +193,18 @@ def check(report: Report, full: int, accept: float, minimum_norm: bool, dependen
         which = f"column {column}" if matrices == 1 else f"matrix {p} of the batch, column {column}"
         where = f" ({int(failed.sum())} of {matrices * columns} right-hand sides failed; the first: {which})"
     method, status = _methods[int(figures["method"])], int(figures["status"])
+    what = "rows" if wanted.wide else "columns"
     if status == RANK_DEFICIENT:
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
-        advice = (
-            f"method {method} cannot give the solution of least norm: pass solver=Direct(), or solver=Dense()"
-            if minimum_norm
-            else "pass rank_deficient='minimum_norm' for the one of least norm"
-        )
+        if by_products:
+            advice = "a LinearOperator allows no solution of least norm: pass"
+        elif wanted.minimum_norm:
+            advice = f"method {method} cannot give the solution of least norm: pass solver=Direct() or Dense(), or"
+        else:
+            advice = f"pass {least_norm(method == 'cgls')} for the one of least norm, or"
         raise RankDeficientError(
             f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
-            f"unique{dependent(p)}; {advice}, or damp > 0, or remove the dependent columns"
+            f"unique{dependent(p)}; {advice} damp > 0, or remove the dependent {what}"
         )
     if status == SPOILT:
         raise ConvergenceError(

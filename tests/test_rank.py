@@ -101,6 +101,43 @@ def test_minimum_norm_without_a_factor_says_so():
         fl.lstsq(matrix, torch.ones(6).double(), rank_deficient="minimum_norm", solver=fl.CGLS())
 
 
+def test_what_an_error_advises_is_not_refused():
+    A = torch.ones(6, 2, dtype=torch.float64)
+    b, operator = torch.arange(6.0).double(), fl.LinearOperator(lambda A, x: A @ x, A, 2)
+    with pytest.raises(fl.RankDeficientError) as refused:
+        fl.lstsq(operator, b)
+    assert "rank_deficient" not in str(refused.value)
+    assert "damp > 0" in str(refused.value)
+    close(fl.lstsq(operator, b, damp=0.1), _ridge(A, b, 0.1), 1e-10)
+    first_column = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 0]]), (6, 2))
+    for pattern in (full_pattern(6, 2), first_column):
+        matrix = fl.SparseMatrix(torch.ones(pattern.nnz, dtype=torch.float64), pattern)
+        with pytest.raises(fl.RankDeficientError, match=r"minimum_norm' with solver=None, Direct\(\) or Dense\(\)"):
+            fl.lstsq(matrix, b, solver=fl.CGLS())
+        for solver in (None, fl.Direct(), fl.Dense()):
+            x = fl.lstsq(matrix, b, solver=solver, rank_deficient="minimum_norm")
+            close(x, torch.linalg.pinv(matrix.to_dense()) @ b, 1e-12)
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct()])
+def test_what_is_dependent_is_named_in_order_and_called_what_it_is(solver):
+    A = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A[:, 1] = 1e-3 * A[:, 3] - 3 * A[:, 0]
+    zero = A.clone()
+    zero[:, 1] = 0
+
+    def refused(A):
+        with pytest.raises(fl.RankDeficientError) as error:
+            fl.lstsq(fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape)), A.sum(1), solver=solver)
+        return str(error.value)
+
+    assert "; columns 0, 1 take part in a dependence; " in refused(A)
+    assert refused(A).endswith("or remove the dependent columns")
+    assert "; rows 0, 1 take part in a dependence; " in refused(A.T)
+    assert refused(A.T).endswith("or remove the dependent rows")
+    assert "; column 1 takes part in a dependence; " in refused(zero)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_pattern_that_allows_no_full_rank_is_told_before_any_work(wide):
     rows, columns = torch.tensor([0, 1, 2, 3, 3, 4, 4]), torch.tensor([0, 1, 1, 0, 3, 0, 1])  # column 2 is empty
