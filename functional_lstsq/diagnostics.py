@@ -15,7 +15,6 @@ from .lstsq import lstsq, run, shaped, solve
 from .matrix import SparseMatrix
 from .operator import JacobianOperator, LinearOperator
 from .problem import pose
-from .result import RANK_DEFICIENT
 from .solvers.system import noise
 
 _BLOCK = 256  # columns that are solved for together
@@ -158,7 +157,7 @@ def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) 
         solver: as in `lstsq`.
 
     Returns:
-        0-d, infinite without full rank. It carries no derivative.
+        0-d, infinite without full rank, a lower bound where `CGLS` ran out of iterations. It carries no derivative.
 
     Cost: one solve.
 
@@ -170,8 +169,7 @@ def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) 
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
     b = A.matmul(torch.ones(A.shape[1], dtype=A.dtype, device=A.device))
-    info = solve(A, b, solver=solver, throw=False).info
-    return torch.where(info.status_code == RANK_DEFICIENT, torch.inf, info.condition)
+    return solve(A, b, solver=solver, throw=False).info.condition
 
 
 def jacobian_operator(A: SparseMatrix, b: Tensor, **options: Any) -> LinearOperator:

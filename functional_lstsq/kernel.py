@@ -219,8 +219,12 @@ def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, pri
     finite = torch.isfinite(r.sum(1)) & torch.isfinite(x.sum(1))  # without a temporary of that size
     status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
     none = ~finite | (status == RANK_DEFICIENT)
-    errors = (torch.where(none, torch.inf, error) for error in (report.residual_error, report.solution_error))
-    return report._replace(status=status, **dict(zip(("residual_error", "solution_error"), errors, strict=True)))
+    return report._replace(
+        status=status,
+        residual_error=torch.where(none, torch.inf, report.residual_error),
+        solution_error=torch.where(none, torch.inf, report.solution_error),
+        condition=torch.where(status == RANK_DEFICIENT, torch.inf, report.condition),
+    )
 
 
 def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, relaxed: bool) -> Tensor:

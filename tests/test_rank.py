@@ -138,6 +138,20 @@ def test_what_is_dependent_is_named_in_order_and_called_what_it_is(solver):
     assert "; column 1 takes part in a dependence; " in refused(zero)
 
 
+@pytest.mark.parametrize("solver", [None, fl.Direct(), fl.CGLS()])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_condition_number_is_infinite_without_full_rank(solver, wide):
+    A, _ = with_singular_values([1.0, 0.5, 0.2, 0.0], 9, seed=3)
+    A = A.T if wide else A
+    matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape))
+    assert fl.solve(matrix, A.sum(1), solver=solver, throw=False).info.condition == torch.inf
+    assert fl.condition(matrix, solver=solver) == torch.inf
+    if not isinstance(solver, fl.CGLS):
+        info = fl.solve(matrix, A.sum(1), solver=solver, rank_deficient="minimum_norm").info
+        s = torch.linalg.svdvals(A / A.norm(dim=1 if wide else 0, keepdim=True))
+        assert 0.1 < info.condition / (s[0] / s[2]) < 10
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_pattern_that_allows_no_full_rank_is_told_before_any_work(wide):
     rows, columns = torch.tensor([0, 1, 2, 3, 3, 4, 4]), torch.tensor([0, 1, 1, 0, 3, 0, 1])  # column 2 is empty
