@@ -107,7 +107,8 @@ def solve(
 
     Args:
         throw: False returns what was reached instead of raising; `info.status` tells. Where there is no solution (rank
-            deficient) x is NaN, and so are derivatives through a column that failed.
+            deficient) x is NaN, and so are derivatives through a column that failed. Where `CGLS` failed before it
+            solved anything x is zero, with an infinite `info.forward_error`.
         The others are those of `lstsq`.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,11 +74,13 @@ class SolveInfo(NamedTuple):
         status_code: 0 for success; `status` says it in words.
         method_code: which method answered; `method` gives its name.
         iterations: iterations of conjugate gradients, of all refinements together.
-        optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient.
+        optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient. NaN where
+            `CGLS` failed before it solved anything.
         forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by, except
-            where x is zero but for rounding (see `lstsq`).
+            where x is zero but for rounding (see `lstsq`). Infinite where there is none.
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1
-            (of its rows where A is wide).
+            (of its rows where A is wide). Infinite without full rank; with rank_deficient="minimum_norm" the largest
+            singular value over the smallest that is not zero. A lower bound where `CGLS` ran out of iterations.
         rank: numerical rank of A (of A with its damping).
         norm: Frobenius norm of A (of [A; damp I]), weights included.
         tried_code: which methods were tried in turn, and why; `tried` says it in words.
@@ -193,7 +196,7 @@ def check(
         which = f"column {column}" if matrices == 1 else f"matrix {p} of the batch, column {column}"
         where = f" ({int(failed.sum())} of {matrices * columns} right-hand sides failed; the first: {which})"
     method, status = _methods[int(figures["method"])], int(figures["status"])
-    what = "rows" if wanted.wide else "columns"
+    what, errors = "rows" if wanted.wide else "columns", (figures["residual_error"], figures["solution_error"])
     if status == RANK_DEFICIENT:
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
         if by_products:
@@ -212,11 +215,19 @@ def check(
             f"and its adjoint that their errors may spoil it (condition number about {figures['condition']:.1e}). "
             "Try: refine='extended', or scale unknowns and equations to sizes of about 1"
         )
-    error = max(figures["residual_error"], figures["solution_error"])
-    first = "raise max_iterations" if status == ITERATION_LIMIT else "rescale or remove nearly dependent columns"
+    found = [
+        f"estimated forward error {max(errors):.1e} is above what is accepted, {accept:.1e}"
+        if all(map(math.isfinite, errors))
+        else "the forward error could not be estimated"
+    ]
+    reached = math.isfinite(figures["optimality"])  # else nothing was solved
+    bound = status == ITERATION_LIMIT and not reached
+    found.append(f"condition number {'at least' if bound else 'about'} {figures['condition']:.1e}")
+    if reached:
+        found.append(f"optimality {figures['optimality']:.1e}")
+    first = "raise max_iterations" if status == ITERATION_LIMIT else f"rescale or remove nearly dependent {what}"
     raise ConvergenceError(
         f"method {method} ended after {int(figures['iterations'])} iterations with status '{STATUSES[status]}'{where}: "
-        f"estimated forward error {error:.1e} is above what is accepted, {accept:.1e}; condition number about "
-        f"{figures['condition']:.1e}, optimality {figures['optimality']:.1e}; tried: "
-        f"{_methods[int(figures['tried'])]}. Try: {first}, damp > 0, or throw=False in solve to see how far it came"
+        f"{'; '.join(found)}; tried: {_methods[int(figures['tried'])]}. Try: {first}, or damp > 0"
+        f"{', or throw=False in solve to see how far it came' if reached else ''}"
     )

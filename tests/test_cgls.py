@@ -17,6 +17,35 @@ def test_cgls_says_when_it_runs_out():
     assert fl.solve(matrix, b, solver=fl.CGLS(max_iterations=5), throw=False).info.status == "iteration limit reached"
 
 
+@pytest.mark.parametrize("solver", [fl.CGLS(max_iterations=5), fl.CGLS()], ids=["limit", "ill-conditioned"])
+def test_what_was_not_measured_is_not_told(solver):
+    A, pattern = with_singular_values(np.logspace(0, -3 if solver.max_iterations == 5 else -8, 12), 60)
+    matrix, b = fl.SparseMatrix(A.reshape(-1), pattern), torch.ones(60, dtype=torch.float64)
+    with pytest.raises(fl.ConvergenceError, match="the forward error could not be estimated") as error:
+        fl.lstsq(matrix, b, solver=solver)
+    for words in ("inf", "optimality", "throw=False"):
+        assert words not in str(error.value)
+    solution = fl.solve(matrix, b, solver=solver, throw=False)
+    assert not solution.x.any()
+    assert torch.equal(solution.residual, b)
+    assert solution.info.forward_error == torch.inf
+    assert solution.info.optimality.isnan()
+    true = torch.linalg.cond(A / A.norm(dim=0))
+    if solver.max_iterations == 5:
+        assert f"condition number at least {float(solution.info.condition):.1e}" in str(error.value)
+        assert solution.info.condition < 1.01 * true
+    else:
+        assert "condition number about" in str(error.value)
+        assert true / 10 < solution.info.condition < 10 * true
+    with pytest.raises(fl.ConvergenceError, match=r"optimality .*throw=False in solve to see how far it came"):
+        fl.lstsq(*_easy(), solver=fl.CGLS(accept=1e-17))
+
+
+def _easy():
+    pattern, values, b = problem(30, 10)
+    return fl.SparseMatrix(values, pattern), b
+
+
 def test_cgls_tolerance_and_callback():
     seen = []
     pattern, values, b = problem(300, 100, density=0.05)

@@ -232,6 +232,7 @@ class Iteration:
         system, failed = self.system, self.failed
         limited = self.unseen.expand(-1, b.shape[2])
         # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
+        given = b
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
         if start is not None:
             left = b - system.A.matmul(start)
@@ -284,8 +285,9 @@ class Iteration:
             status=torch.where(failed, self._verdict(), answer.status),
             solution_error=torch.where(failed, torch.inf, answer.solution_error),
             iterations=torch.where(failed, self.iterations, answer.iterations),
+            optimality=torch.where(failed, torch.nan, answer.optimality),
         )
-        return refined.r, refined.y, answer
+        return torch.where(failed[:, None], given, refined.r), refined.y, answer  # r = b - A y for y = 0
 
     def _verdict(self) -> Tensor:
         """Why a matrix failed, before any right-hand side was seen."""
