@@ -85,7 +85,7 @@ def solve_plainly(
     b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     start = known if known is not None and known.shape[1] == n else None
-    _require_finite(**numbers, damp=(damp,), b=(b,), c=(c,), x0=(start,))
+    _require_finite(token is not None, **numbers, damp=(damp,), b=(b,), c=(c,), x0=(start,))
     if damp is not None and bool((damp < 0).any()):
         raise ValueError(f"damp must not be negative, got {float(damp.min()):g}")
     if not (copies and m and n and k):
@@ -245,11 +245,16 @@ def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, relaxed: bool) -> T
     return torch.cat([*rows, r, x], 1)
 
 
-def _require_finite(**numbers: tuple[Tensor | None, ...]) -> None:
+def _require_finite(derivative: bool, **numbers: tuple[Tensor | None, ...]) -> None:
     for name, tensor in ((name, tensor) for name, tensors in numbers.items() for tensor in tensors):
         # A sum needs no temporary; of large finite numbers it may still overflow.
         if tensor is None or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue
+        if derivative and name in ("b", "c"):
+            raise ValueError(
+                "what came in for a derivative holds NaN or infinity: the cotangent of the solution, from the loss, or "
+                "a tangent of A, b, damp or weights; look at the loss, at sqrt or log of 0 for one"
+            )
         raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 

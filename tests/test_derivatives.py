@@ -8,6 +8,7 @@ import torch
 from helpers import (
     SOLVERS,
     close,
+    dense,
     full_pattern,
     mixes,
     problem,
@@ -237,3 +238,23 @@ def test_minimum_norm_of_full_rank_is_as_without():
         return fl.lstsq(fl.SparseMatrix(values, full_pattern(3, 6)), b, rank_deficient=mode).sum()
 
     close(*(grad(lambda v, mode=mode: loss(v, mode))(D.reshape(-1)) for mode in ("minimum_norm", "raise")), 1e-6)
+
+
+def test_nan_from_the_loss_is_said_to_come_from_there():
+    pattern, values, b = problem(6, 3)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+
+    def by_matrix(values, b):
+        return fl.lstsq(fl.SparseMatrix(values, pattern), b)
+
+    def by_products(values, b):
+        return fl.lstsq(fl.LinearOperator(lambda D, x: D @ x, dense(values, pattern), 3), b)
+
+    for f in (by_matrix, by_products):
+        for transform in (torch.func.grad, lambda f: torch.func.grad(torch.func.grad(f))):
+            with pytest.raises(ValueError, match="came in for a derivative holds NaN or infinity: the cotangent"):
+                transform(lambda s, f=f: (f(values, s * b).sum() * 0).sqrt().sin())(torch.ones((), dtype=torch.float64))
+        with pytest.raises(ValueError, match="or a tangent of A, b, damp or weights"):
+            torch.func.jvp(lambda b, f=f: f(values, b), (b,), (nan * b,))
+        with pytest.raises(ValueError, match="or a tangent of A, b, damp or weights"):
+            torch.func.jvp(lambda v, f=f: f(v, b), (values,), (nan * values,))
