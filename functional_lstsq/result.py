@@ -210,10 +210,13 @@ def check(
             f"unique{dependent(p)}; {advice} damp > 0, or remove the dependent {what}"
         )
     if status == SPOILT:
+        # Extended precision takes away neither the rounding of results nor that of weighted values.
+        able = wanted.exact and not wanted.extended and max(errors) > 2 * figures["rounding"]
+        advice = "refine='extended', or " if able else ""
         raise ConvergenceError(
             f"method {method} solved for the gradient by A{where}, but that gradient is so small beside the solution "
             f"and its adjoint that their errors may spoil it (condition number about {figures['condition']:.1e}). "
-            "Try: refine='extended', or scale unknowns and equations to sizes of about 1"
+            f"Try: {advice}scale unknowns and equations to sizes of about 1"
         )
     found = [
         f"estimated forward error {max(errors):.1e} is above what is accepted, {accept:.1e}"

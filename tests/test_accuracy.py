@@ -168,3 +168,32 @@ def test_gradient_by_damp_is_right_or_refused(condition):
         assert condition > 1e5
         return
     assert abs(float(got) - want) <= 1e-4 * abs(want)
+
+
+def test_a_gradient_that_rounding_spoils_is_told_what_helps():
+    """Two blocks without a common row or column, the gradient that of the second, the errors those of the first."""
+
+    def blocks(condition):
+        H, _ = with_singular_values(np.logspace(0, -np.log10(condition), 10), 20, seed=1)
+        b = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.block_diag(H, H), torch.cat([b, 1e-6 * H.sum(1)]), torch.cat([torch.zeros(10), torch.ones(10)])
+
+    def gradient(A, b, w, refine):
+        matrix = fl.SparseMatrix.from_torch(A.to_sparse())
+        return torch.func.grad(lambda A: fl.lstsq(A, b, refine=refine) @ w.double())(matrix).values
+
+    def advised(*args):
+        with pytest.raises(fl.ConvergenceError, match="solved for the gradient by A") as error:
+            gradient(*args)
+        assert "scale unknowns and equations" in str(error.value)
+        return "extended" in str(error.value)
+
+    mild, (A, b, w) = blocks(1e2), blocks(1e6)
+    assert advised(*mild, "auto")
+    assert gradient(*mild, "extended").isfinite().all()
+    assert not advised(A, b, w, "auto")  # it is refined in extended precision anyway
+    assert not advised(A, b, w, "extended")
+    x, equations = torch.linalg.lstsq(A, b[:, None]).solution[:, 0].abs(), torch.ones(40, 1, dtype=torch.float64)
+    equations[20:] = 1e6
+    scaled = gradient(equations * A * x, equations[:, 0] * b, w * x, "auto")
+    assert scaled.isfinite().all()
