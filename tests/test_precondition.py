@@ -135,6 +135,19 @@ def test_a_linear_operator_has_no_blocks_and_is_not_touched_to_say_so():
     close(fl.lstsq(A, b, solver=fl.CGLS(preconditioner=fl.GramFactor(matrix))), fl.lstsq(matrix, b), 1e-9)
 
 
+@pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct()])
+def test_a_gram_factor_needs_full_rank(solver):
+    A = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A[:, 3] = A[:, 0] - A[:, 1]
+    for D in (A, A.T, A * torch.tensor([1.0, 0, 1, 1])):
+        matrix = fl.SparseMatrix.from_torch(D.to_sparse())
+        with pytest.raises(fl.RankDeficientError, match="rank 3, not full rank 4: pass damp > 0"):
+            fl.GramFactor(matrix, solver=solver)
+        factor = fl.GramFactor(matrix, damp=0.1, solver=solver)
+        x = fl.lstsq(matrix, D.sum(1), damp=0.1, solver=fl.CGLS(preconditioner=factor))
+        close(x, fl.lstsq(matrix, D.sum(1), damp=0.1), 1e-9)
+
+
 def test_a_preconditioner_cannot_hide_a_weak_direction():
     """A factor of another matrix, weak elsewhere, sees little of the direction in which A is weak."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..matrix import SparseMatrix, single
 from ..pattern import SparsePattern
 from ..products import Operator
+from ..result import RankDeficientError
 from ..transforms import concrete
 from .dense import Dense
 from .direct import Direct
@@ -101,6 +102,7 @@ class GramFactor:
         solver: `Direct()` or `Dense()`, which factors it; None for `Dense()` up to 500 columns.
 
     Raises:
+        RankDeficientError: A has no full rank (with damp, [A; damp I] has not).
         torch.linalg.LinAlgError: there is no such factor, or it does not fit into memory.
 
     Cost: one factorisation. A factor of values that differ by a relative d leaves a factor of about d times the
@@ -129,6 +131,11 @@ class GramFactor:
         d = None if damp is None else torch.full((1,), damp, dtype=torch.float64, device=A.device)
         self._system = System(Operator(A.pattern, values[None]), d, torch.finfo(values.dtype).eps)
         self._factors = solver.prepare(self._system, minimum_norm=False)
+        rank, full = int(self._factors.rank), self._system.n
+        if rank < full:
+            raise RankDeficientError(
+                f"A has rank {rank}, not full rank {full}: pass damp > 0 to GramFactor, or another A"
+            )
 
     def __call__(self, g: Tensor) -> Tensor:
         """(A^H A + damp^2)^-1 g, to some digits, for g of shape (n, k)."""
