@@ -10,7 +10,7 @@ from .matrix import SparseMatrix
 from .operator import JacobianOperator, LinearOperator
 from .pattern import SparsePattern
 from .result import ConvergenceError, RankDeficientError, Solution, SolveInfo
-from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor
+from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor, TooLarge
 from .variable_projection import SeparableFit, variable_projection
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "SolveInfo",
     "SparseMatrix",
     "SparsePattern",
+    "TooLarge",
     "condition",
     "covariance",
     "covariance_diagonal",

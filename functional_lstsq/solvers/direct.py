@@ -43,7 +43,7 @@ class Direct:
     Args:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
         memory: bytes that a factor may take; None for half of what is available. A factor predicted to take more is
-            not started: `torch.linalg.LinAlgError`.
+            not started: `TooLarge`, a `torch.linalg.LinAlgError`.
 
     >>> import functional_lstsq as fl
     >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2))
