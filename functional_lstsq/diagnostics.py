@@ -168,7 +168,8 @@ def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) 
     """
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
-    b = A.matmul(torch.ones(A.shape[1], dtype=A.dtype, device=A.device))
+    double = A.double(torch.promote_types(A.dtype, torch.float64)) if isinstance(A, LinearOperator) else A
+    b = double.matmul(torch.ones(double.shape[1], dtype=A.dtype, device=A.device)).to(A.dtype)
     return solve(A, b, solver=solver, throw=False).info.condition
 
 

@@ -29,7 +29,7 @@ class LinearOperator:
         params: any pytree of tensors, which derivatives are taken by where they are floating or complex.
         in_size: n.
         dtype: of the matrix: float32, float64, complex64 or complex128. A solve works in double precision, with params
-            and x converted, whatever this is.
+            and x converted, whatever this is; `A @ x` converts x to it, and takes params as they are.
         rmatvec: `rmatvec(params, y)`, the adjoint, A^H y of shape (n,); None to have `torch.func.vjp` make it.
 
     Raises:

@@ -49,11 +49,11 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
         )
     if isinstance(A, LinearOperator):
         solver = _of_operator(solver, rank_deficient, refine)
-        numbers = torch_pytree.tree_leaves(A.params)
-        A, (m, n) = A.closed()
+        numbers, of_A = torch_pytree.tree_leaves(A.params), A.dtype
+        A, (m, n) = A.double(torch.promote_types(of_A, torch.float64)).closed()
     else:
         single(A, "A")
-        numbers, (m, n) = [A.values], A.shape
+        numbers, (m, n), of_A = [A.values], A.shape, A.dtype
     if not isinstance(b, Tensor) or b.layout != torch.strided:
         got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
         raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}")
@@ -62,10 +62,10 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
         raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {(m, n)}, got {tuple(b.shape)}{hint}")
     if b.device != A.device:
         raise ValueError(f"b is on {b.device}, A is on {A.device}")
-    dtype = torch.promote_types(A.dtype, b.dtype)
+    dtype = torch.promote_types(of_A, b.dtype)
     coarse = (b.is_floating_point() or b.is_complex()) and b.dtype not in DTYPES
-    if A.dtype not in DTYPES or coarse:
-        raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {A.dtype} and {b.dtype}")
+    if of_A not in DTYPES or coarse:
+        raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {of_A} and {b.dtype}")
     real = torch.float64
     if damp is not None:
         if isinstance(damp, Tensor) and damp.ndim == 0 and not damp.is_complex():

@@ -74,6 +74,29 @@ def test_transformations(shape, transform):
         close(one, other, 1e-8)
 
 
+@pytest.mark.parametrize("of_params", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_operator", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [False, True])
+def test_params_are_converted_whatever_the_dtype(of_params, of_operator, given):
+    p = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=of_params)
+    b = torch.arange(8.0, dtype=of_operator)
+
+    def f(p):
+        adjoint = (lambda p, y: p.T @ y) if given else None
+        return fl.lstsq(fl.LinearOperator(lambda p, x: p @ x, p, 5, of_operator, rmatvec=adjoint), b)
+
+    def want(p):
+        return (torch.linalg.pinv(p.double()) @ b.double()).to(of_operator)
+
+    assert f(p).dtype == of_operator
+    tolerance = 1e-5 if torch.float32 in (of_params, of_operator) else 1e-9
+    close(f(p), want(p), tolerance)
+    for transform in (jacrev, jacfwd):
+        close(transform(f)(p), transform(want)(p), tolerance)
+    condition = fl.condition(fl.LinearOperator(lambda p, x: p @ x, p, 5, of_operator))
+    assert 0.1 < condition / torch.linalg.cond(p) < 10
+
+
 def test_it_is_a_pytree_and_gradients_are_operators():
     def matvec(params, x):
         return params["d"] * x.repeat(2) + params["low"][0].sum() * x.sum()
