@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .lstsq import lstsq, run, shaped, solve
-from .matrix import SparseMatrix
+from .matrix import DTYPES, SparseMatrix
 from .operator import JacobianOperator, LinearOperator
 from .problem import pose
 from .solvers.system import noise
@@ -43,7 +43,7 @@ def leverage(
 
     Raises: as `lstsq`; ValueError where A is wide or `samples` is not positive.
 
-    Cost: one factorisation and m solves, in blocks of 256 columns; or `samples` solves.
+    Cost: one factorisation and m + 1 solves, in blocks of 256 columns; or `samples` solves.
 
     Source: Hoaglin and Welsch, The American Statistician 32(1), 1978; Bekas, Kokiopoulou, Saad, Appl. Numer. Math.
     57(11), 2007, for the estimate.
@@ -54,7 +54,8 @@ def leverage(
     tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
     if samples is None:
-        return _hat(A, weights, solver)[0]
+        A = _tall(A)
+        return _hat(A, A.values.new_zeros(A.shape[0]), weights, solver)[0]
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer or None, got {samples!r}")
     A = _tall(A)
@@ -87,8 +88,9 @@ def leave_one_out(A: SparseMatrix | Tensor, b: Tensor, weights: Tensor | None = 
     if not isinstance(b, Tensor) or b.shape != A.shape[:1]:
         got = f"shape {tuple(b.shape)}" if isinstance(b, Tensor) else type(b).__name__
         raise ValueError(f"b must be a tensor of shape ({A.shape[0]},), got {got}")
-    residual = solve(A, b, weights=weights, solver=solver).residual
-    others = _hat(A, weights, solver)[1]
+    if b.dtype in DTYPES or not b.is_floating_point():  # others are refused
+        b = b.to(torch.promote_types(A.dtype, b.dtype))
+    _, others, residual = _hat(A, b, weights, solver)
     return residual / torch.where(others > 1e-10, others, torch.nan)
 
 
@@ -136,7 +138,7 @@ def covariance_diagonal(A: SparseMatrix | Tensor, weights: Tensor | None = None,
     Returns:
         (n,), real.
 
-    Cost: n solves, in blocks of 256 columns.
+    Cost: n solves, in blocks of 256 columns, with a factorisation for each block.
 
     >>> import functional_lstsq as fl
     >>> A = fl.SparseMatrix.from_torch(torch.tensor([[2.0, 0], [0, 1.0], [0, 1.0]], dtype=torch.float64).to_sparse())
@@ -214,13 +216,18 @@ def _tall(A: SparseMatrix | Tensor) -> SparseMatrix:
     return A
 
 
-def _hat(A: SparseMatrix | Tensor, weights: Tensor | None, solver: Any) -> tuple[Tensor, Tensor]:
-    """The diagonals of H and of 1 - H, each (m,), real."""
-    A = _tall(A)
+def _hat(A: SparseMatrix, b: Tensor, weights: Tensor | None, solver: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The diagonals of H and of 1 - H, and b - H b, each (m,), the first two real.
+
+    Columns of H^H are adjoint solves, which share the factors of the solve for b.
+    """
     m, fits, rests = A.shape[0], [], []
+    pulled: Any = torch.func.vjp(lambda b: A.matmul(lstsq(A, b, weights=weights, solver=solver)), b)
+    fit, back = pulled
     for rows in torch.arange(m, device=A.device).split(_BLOCK):
-        unit = torch.nn.functional.one_hot(rows, m).T.to(A.dtype)
-        fit = A.matmul(lstsq(A, unit, weights=weights, solver=solver))
-        fits.append(fit[rows].diagonal().real)
-        rests.append((unit - fit)[rows].diagonal().real)
-    return (torch.cat(fits), torch.cat(rests)) if fits else (A.values.real.new_zeros(0),) * 2
+        unit = torch.nn.functional.one_hot(rows, m).T.to(fit.dtype)
+        column = torch.vmap(back, 1, 1)(unit)[0]
+        fits.append(column[rows].diagonal().real)
+        rests.append((unit - column)[rows].diagonal().real)
+    none = [A.values.real.new_zeros(0)]
+    return torch.cat(fits or none), torch.cat(rests or none), b - fit

@@ -56,6 +56,29 @@ def test_complex_and_single():
     close(fl.leverage(single).double(), hat(VALUES, None), 1e-5)
 
 
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct(), fl.CGLS()], ids=repr)
+def test_blocks_of_columns_share_one_factorisation(solver, monkeypatch):
+    pattern, values, b = problem(600, 5)
+    kind, made = type(solver), []
+    prepare = kind.prepare
+    monkeypatch.setattr(kind, "prepare", lambda *args, **options: made.append(1) or prepare(*args, **options))
+    A = fl.SparseMatrix(values, pattern)
+    for weights in (None, torch.linspace(0.5, 2, 600, dtype=torch.float64)):
+        for study in (lambda w: fl.leverage(A, w, solver=solver), lambda w: fl.leave_one_out(A, b, w, solver=solver)):
+            made.clear()
+            study(weights)
+            assert len(made) == 1
+
+
+def test_left_out_rows_of_any_dtype_of_b():
+    A = fl.SparseMatrix(VALUES, PATTERN)
+    close(fl.leave_one_out(A, torch.arange(14)), fl.leave_one_out(A, torch.arange(14.0).double()), 1e-14)
+    close(fl.leave_one_out(A, B.float()), fl.leave_one_out(A, B.float().double()), 1e-14)
+    close(fl.leave_one_out(A, (1 + 1j) * B), (1 + 1j) * fl.leave_one_out(A, B), 1e-12)
+    with pytest.raises(TypeError, match="A and b must be float32"):
+        fl.leave_one_out(A, B.half())
+
+
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, lambda f: hessian(lambda v: f(v).sin().sum())])
 def test_derivatives(transform):
     def matrix(v):
