@@ -213,12 +213,17 @@ class _Descent:
         c = model.adjoint(spread * noise(spread)) + EPS * model.adjoint_magnitude(psi.abs()) * noise(s.x)
         g = each(objective.gradient, s.x, *leaves)
         # Neither sees a direction that it has no part in: at a saddle point that symmetry leads to, the one downwards.
-        probe = torch.where(model.norms > 0, model.norms, 1.0) * noise(s.x, 1)
+        norms = torch.where(model.norms > 0, model.norms, 1.0)
+        probe = norms * noise(s.x, 1)
         right = torch.stack([g, c, probe], 2)
         steps, definite, products = conjugate(objective, s.x, leaves, model, right, 1e-3)
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
-        least = self._least(torch.arange(len(self.status), device=self.status.device), s)
+        left = torch.linalg.vector_norm(psi, dim=1)
+        optimality = torch.linalg.vector_norm(g / norms, dim=1) / (s.x.shape[1] ** 0.5 * left).clamp_min(_TINY)
+        # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
+        left = torch.where(optimality <= objective.accept, left, 0.0)
+        least = objective.accept * left + EPS**2 * self.start.sqrt()
         last, rounding, _ = (relative(p, s.x, model.norms, least) for p in steps.unbind(2))
         found = (self.status == CONVERGED) & ~self.broken
         error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
@@ -227,13 +232,11 @@ class _Descent:
         status = torch.where(told.deficient, float(RANK_DEFICIENT), status)
         status = torch.where(self.broken, float(INACCURATE), status)
         s.x = torch.where((status == CONVERGED)[:, None], s.x - steps[:, :, 0], s.x)
-        norms = torch.where(model.norms > 0, model.norms, 1.0)
-        size = (s.x.shape[1] ** 0.5 * torch.linalg.vector_norm(psi, dim=1)).clamp_min(_TINY)
         report = FitReport(
             status=status,
             iterations=self.iterations,
             evaluations=self.evaluations,
-            optimality=torch.linalg.vector_norm(g / norms, dim=1) / size,
+            optimality=optimality,
             forward_error=torch.where(status == RANK_DEFICIENT, torch.inf, error),
             condition=torch.where(self.broken, torch.nan, told.condition),
             rank=told.rank,

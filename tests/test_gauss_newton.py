@@ -190,6 +190,8 @@ def test_solutions_that_are_zero():
     zero = torch.zeros(2, dtype=D)
     close(f(zero), zero, 1e-12)
     close(jacrev(f)(zero), torch.eye(2, dtype=D) / 2, 1e-12)
+    orthogonal = fl.gauss_newton(lambda x: torch.cat([x.sinh() - 1, x.sinh() + 1, x]), X0)
+    close(orthogonal.x, zero, 1e-12)
 
 
 @pytest.mark.parametrize("size", [1e8, 1e13, 1e20])
@@ -229,9 +231,10 @@ def test_what_the_residual_uses_must_not_change_before_a_derivative():
         ),
         (lambda x: torch.stack([x[0].cos() + 2, x[0] / 100, x[1]]), 0 * X0, fl.ConvergenceError, "not a strict"),
         (lambda x: torch.stack([x[0].sqrt() - 1, x[0], x[1]]), 0 * X0, fl.ConvergenceError, "NaN or infinity"),
+        (lambda x: torch.stack([x[0].tanh() - 2, x[1]]), 0 * X0, torch.linalg.LinAlgError, "ended after|rank"),
         (lambda x: torch.exp(-x).sum()[None].expand(2) + 0 * x, X0, torch.linalg.LinAlgError, "ended after|rank"),
     ],
-    ids=["flat", "maximum", "saddle", "hidden saddle", "hidden maximum", "infinite slope", "no minimum"],
+    ids=["flat", "maximum", "saddle", "hidden saddle", "hidden maximum", "infinite slope", "far away", "no minimum"],
 )
 def test_what_is_no_minimum_is_refused(residual, x0, error, words):
     with pytest.raises(error, match=words):
