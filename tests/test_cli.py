@@ -61,6 +61,15 @@ def test_weights_and_refinement_reach_the_solver(files, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_robust_loss(files, capsys):
+    folder, A, b = files
+    arguments = ["solve", f"{folder}/A.mtx.gz", f"{folder}/b.mtx", "-o", f"{folder}/x.mtx", "--robust", "cauchy"]
+    assert main([*arguments, "--threshold", "0.7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "IRLS"
+    want = fl.lstsq(A, b, robust=fl.Cauchy(0.7))
+    close(torch.tensor(scipy.io.mmread(folder / "x.mtx"))[:, 0], want, 1e-14)
+
+
 @pytest.mark.parametrize(("solver", "method"), [("dense", "dense-"), ("direct", "direct-"), ("cgls", "cgls")])
 def test_the_solver_is_the_one_asked_for(files, capsys, solver, method):
     folder, *_ = files
@@ -109,6 +118,9 @@ def test_deficient_matrix(tmp_path, capsys):
         (["{}/A.mtx.gz", "--solver", "qr"], "invalid choice: 'qr'.*dense.*direct.*cgls.*; see .* solve --help"),
         (["{}/A.mtx.gz", "--refine", "much"], "invalid choice: 'much'.*extended"),
         (["{}/A.mtx.gz", "--damp", "much"], "--damp: invalid float value: 'much'"),
+        (["{}/A.mtx.gz", "--threshold", "2"], "add --robust huber or --robust cauchy"),
+        (["{}/A.mtx.gz", "--robust", "huber", "--threshold", "-2"], "must be positive and finite, got -2"),
+        (["{}/A.mtx.gz", "--robust", "huber", "--minimum-norm"], "robust allows no --minimum-norm"),
         ([], "arguments are required: A.mtx"),
     ],
 )

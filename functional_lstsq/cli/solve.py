@@ -10,17 +10,19 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from .. import CGLS, Auto, Dense, Direct, Solution, SparseMatrix
+from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
 from .. import solve as solve_problem
-from .files import check_outputs, read_matrix, read_right, read_weights, write
+from .files import BadInput, check_outputs, read_matrix, read_right, read_weights, write
 from .output import Output, Progress, described, figures
 
 NAME, HELP = "solve", "solve min |A x - b| from Matrix Market files"
 EXAMPLES = """\
   functional-lstsq solve A.mtx.gz b.mtx -o x.mtx
   functional-lstsq solve A.mtx b.mtx --weights w.mtx --gradient G.mtx  # d sum(x) / d A
+  functional-lstsq solve A.mtx b.mtx --weights w.mtx --robust huber
   functional-lstsq solve A.mtx b.mtx --minimum-norm --json | jq .forward_error
 """
+LOSSES = {"cauchy": Cauchy, "huber": Huber}
 SOLVERS = ("auto", "dense", "direct", "cgls")
 
 
@@ -31,6 +33,8 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
     job.add_argument("-o", "--output", metavar="x.mtx", help="write the solution")
     job.add_argument("--gradient", metavar="G.mtx", help="write the gradient of sum(x) by the entries of A")
     job.add_argument("--weights", metavar="w.mtx", help="weights of the squared residuals, one column: 1 / variance")
+    job.add_argument("--robust", choices=sorted(LOSSES), help="a loss that is not led astray by outliers")
+    job.add_argument("--threshold", type=float, metavar="T", help="residual from which the loss differs from a square")
     job.add_argument("--damp", type=float, metavar="D", help="damping, at least 0, in units of A")
     job.add_argument("--minimum-norm", action="store_true", help="accept A without full rank: the x of least norm")
     job.add_argument("--solver", choices=SOLVERS, default="auto", help="default: auto, by predicted cost")
@@ -53,6 +57,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         settings = {
             "damp": options.damp,
             "weights": weights,
+            "robust": loss_of(options),
             "solver": solver_of(options.solver, CGLS(callback=progress.step)),
             "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
             "refine": options.refine,
@@ -70,6 +75,16 @@ def run(options: argparse.Namespace, out: Output) -> int:
     out.table(described(told, out))
     out.record(command=NAME, matrix=options.matrix, **told, solution=options.output, gradient=options.gradient)
     return 0
+
+
+def loss_of(options: argparse.Namespace) -> Any:
+    """The robust loss that is asked for."""
+    if options.robust is None:
+        if options.threshold is not None:
+            raise BadInput("--threshold is of a robust loss: add --robust huber or --robust cauchy")
+        return None
+    kind = LOSSES[options.robust]
+    return kind() if options.threshold is None else kind(options.threshold)
 
 
 def solver_of(name: str, cgls: CGLS) -> Any:
