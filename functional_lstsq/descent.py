@@ -76,9 +76,12 @@ class _Descent:
         range_left = largest.isfinite() & (~f.isfinite() | ((largest > 0) & (largest < _SMALLEST)))
         bad = ~largest.isfinite() | range_left
         if self.objective.on_failure == "raise" and bool(bad.any()):
-            if bool(range_left.all() | range_left[bad].all()):
-                size = float(largest[range_left][0])
-                raise ValueError(f"{self.objective.start}, in its squares too, got sizes of {size:.1e}: scale it")
+            if bool(range_left[bad].all()):
+                size = float(largest[bad][0])
+                raise ValueError(
+                    f"{self.objective.name}: residuals of sizes of {size:.1e} have squares that are no numbers: scale "
+                    "them to sizes of about 1"
+                )
             raise ValueError(f"{self.objective.start}, got NaN or infinity")
         return bad
 
