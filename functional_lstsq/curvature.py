@@ -207,7 +207,8 @@ def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | 
     size = c.abs().amax(1, keepdim=True)
     c = c / torch.where(size > 0, size, 1.0)
     _, weights, J = each(objective.linearised, x, *leaves)
-    model = model_at(objective, J, weights, leaves, token)
+    usable = (J.isfinite().all(1) & weights.isfinite().all(1))[:, None]  # not so where there was no minimum
+    model = model_at(objective, J.where(usable, 0.0), weights.where(usable, 1.0), leaves, token)
     scale, s, residual = model.norms[:, :, None], torch.zeros_like(c), c
     error = torch.full_like(c[:, 0], torch.inf)
     definite = torch.ones_like(error, dtype=torch.bool)

@@ -64,7 +64,7 @@ class _Descent:
         empty = x.new_zeros((len(x), objective.pattern.nnz))
         self.state = _State(
             x=x.clone(), f=f, r=r, weights=torch.ones_like(r), J=empty, scale=torch.zeros_like(x),
-            mu=1e-3 * ones, grow=2 * ones, floor=zeros, stale=ones > 0,
+            mu=1e-3 * ones, grow=2 * ones, floor=zeros, stale=~self.broken,
         )  # fmt: skip
         self.start = f.clone()
         self.iterations, self.evaluations = zeros.clone(), zeros + 1
@@ -92,7 +92,11 @@ class _Descent:
             if not len(which):
                 break
             going = torch.zeros_like(going).index_fill(0, which[~self._polish(which)], True)
-        return self._judge()
+        report, token = self._nothing() if bool(self.broken.all()) else self._judge()
+        if self.objective.on_failure == "raise":
+            name, point, n = self.objective.name, self.objective.point, self.objective.pattern.shape[1]
+            check_fit(report, name, point, n, self.objective.accept)
+        return self.state.x, torch.stack(list(report), 1), token
 
     def _approach(self, which: Tensor, close: float) -> Tensor:
         """Damped steps until they are small; gives the problems of `which` for which they came to be."""
@@ -182,7 +186,7 @@ class _Descent:
             shrinks = definite[:, 0] & (length < previous / 2)  # not of NaN
             x = torch.where(shrinks[:, None], x + p, x)
             # Where they end to shrink, steps are rounding errors, if they are small: Newton's is far away otherwise.
-            right = torch.where(shrinks, moved <= target, definite[:, 0] & (moved <= 1e-2))
+            right = torch.where(shrinks, moved <= target, definite[:, 0] & (moved <= objective.accept))
             self.state.x[which[place[right]]] = x[right]
             found[place[right]] = True
             self.status[which[place[~definite[:, 0]]]] = float(NO_MINIMUM)
@@ -202,7 +206,7 @@ class _Descent:
             found[found.clone()] = lower
         return found
 
-    def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _judge(self) -> tuple[FitReport, Tensor]:
         """A last step of Newton's, and what can be said of the points that were reached.
 
         The last step is made of rounding errors; beside it stand those that rounding in the residual, in J and in
@@ -246,7 +250,17 @@ class _Descent:
             norm=told.norm,
             cost=s.f,
         )
-        if objective.on_failure == "raise":
-            check_fit(report, objective.name, objective.pattern.shape[1], objective.accept)
-        token = torch.zeros(1, dtype=torch.int64) if model.token is None else model.token
-        return s.x, torch.stack(list(report), 1), token
+        self.state.x = s.x
+        return report, torch.zeros(1, dtype=torch.int64) if model.token is None else model.token
+
+    def _nothing(self) -> tuple[FitReport, Tensor]:
+        """Of problems none of which can start."""
+        unknown = torch.full_like(self.status, torch.nan)
+        report = FitReport(*[unknown] * len(FitReport._fields))._replace(
+            status=self.status,
+            iterations=self.iterations,
+            evaluations=self.evaluations,
+            forward_error=torch.full_like(unknown, torch.inf),
+            rank=torch.zeros_like(unknown),
+        )
+        return report, torch.zeros(1, dtype=torch.int64)

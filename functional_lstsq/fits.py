@@ -66,7 +66,7 @@ class FitInfo(NamedTuple):
         return f"FitInfo(status={self.status!r}, {', '.join(shown)})"
 
 
-def check_fit(report: FitReport, name: str, n: int, accept: float) -> None:
+def check_fit(report: FitReport, name: str, point: str, n: int, accept: float) -> None:
     """Raise what a report of failure calls for."""
     failed = report.status != CONVERGED
     if not bool(failed.any()):
@@ -77,28 +77,31 @@ def check_fit(report: FitReport, name: str, n: int, accept: float) -> None:
     where = f" ({int(failed.sum())} of {many} problems failed; the first: number {p})" if many > 1 else ""
     if told.status == RANK_DEFICIENT:
         known = f"rank {int(told.rank)}" if int(told.rank) >= 0 else f"rank below {n}"
+        cut_off = "; is the residual cut off from them, by detach or item?" if int(told.rank) == 0 else ""
         raise RankDeficientError(
-            f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there is not "
-            "unique. Try: remove or fix parameters that do nothing, or nothing of their own; another x0"
+            f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there need "
+            "not be the only one nearby. Try: remove or fix parameters that do nothing, or nothing of their own"
+            f"{cut_off}; another {point}"
         )
     ended = f"{name} ended after {int(told.iterations)} iterations"
     if told.status == NO_MINIMUM:
         raise ConvergenceError(
             f"{ended} at a point that is not a strict minimum{where}: along some direction the cost, {told.cost:.3e}, "
-            "does not curve upwards. Try: another x0, nearer to a minimum; fewer parameters"
+            f"does not curve upwards. Try: another {point}, nearer to a minimum; fewer parameters; a larger threshold "
+            "of a robust loss"
         )
     if told.status == ITERATION_LIMIT:
         raise ConvergenceError(
             f"{ended}, the limit{where}, without a minimum; cost {told.cost:.3e}, optimality {told.optimality:.1e}. "
-            "Try: raise max_iterations; another x0; parameters of sizes of about 1"
+            f"Try: raise max_iterations; another {point}; parameters of sizes of about 1"
         )
     if told.condition.isnan():
         raise ConvergenceError(
             f"{ended} at a point where the Jacobian holds NaN or infinity{where}: the residual has no derivative "
-            "there. Try: another x0; a residual that is smooth where the minimum may lie"
+            f"there. Try: another {point}; a residual that is smooth where the minimum may lie"
         )
     raise ConvergenceError(
         f"{ended} with an estimated forward error of {told.forward_error:.1e}{where}, above what is accepted, "
         f"{accept:.1e}; condition number of the Jacobian about {told.condition:.1e}, optimality "
-        f"{told.optimality:.1e}. Try: rescale or remove parameters that do nearly the same; another x0"
+        f"{told.optimality:.1e}. Try: rescale or remove parameters that do nearly the same; another {point}"
     )

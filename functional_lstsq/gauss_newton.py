@@ -89,7 +89,7 @@ def gauss_newton(
             [ 0.1879, -0.1875, -0.2361, -0.1876, -0.1275]], dtype=torch.float64)
     """
     x, dtype, info, given = minimum_of(
-        residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0"
+        residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0", "residual"
     )
     return Solution(x.to(dtype), residual(x, *given).to(dtype), info)
 
@@ -105,6 +105,7 @@ def minimum_of(
     throw: bool,
     name: str,
     of_start: str,
+    of_function: str,
 ) -> tuple[Tensor, torch.dtype, FitInfo, tuple]:
     """(x, dtype of the results, info, args), in double precision, under the names that the caller gives."""
     _check(residual, x0, args, jacobian, max_iterations, name, of_start)
@@ -117,15 +118,15 @@ def minimum_of(
         check_numbers(where, tensor)
     start, doubled = x0.detach().to(torch.float64), [_double(tensor) for tensor in tensors]
     try:
-        function, r = close(lambda x, *t: residual(x, *rebuild(t)), "residual", "args", start, *doubled)
+        function, r = close(lambda x, *t: residual(x, *rebuild(t)), of_function, "args", start, *doubled)
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
         raise TypeError(
-            f"residual must take {of_start} and args in double precision, got an error of torch: {error}. Hand over in "
-            "args what is of single precision, or convert it"
+            f"{of_function} must take {of_start} and args in double precision, got an error of torch: {error}. Hand "
+            "over in args what is of single precision, or convert it"
         ) from error
-    n = x0.shape[0]
+    n, what = x0.shape[0], of_function if of_function == "residual" else f"the residual of {of_function}({of_start})"
     if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
         got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
         raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
@@ -152,7 +153,8 @@ def minimum_of(
         on_failure="raise" if throw else "nan",
         linear=False,
         name=name,
-        start=f"residual must be finite at {of_start}",
+        start=f"{what} must be finite at {of_start}",
+        point=of_start,
     )
     leaves = (threshold, torch.zeros_like(threshold), *doubled)
     x, numbers, _ = Minimum.apply(objective, start[None], *(leaf[None] for leaf in leaves))
@@ -182,14 +184,19 @@ def _check(residual: Any, x0: Any, args: Any, jacobian: Any, max_iterations: Any
         raise ValueError(f"{of_start} must have shape (n,) with n > 0, got {tuple(x0.shape)}{hint}")
     if x0.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{of_start} must be float32 or float64, got {x0.dtype}")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+    check_args(args)
     if jacobian is not None and not isinstance(jacobian, SparsePattern) and not callable(jacobian):
         raise TypeError(f"jacobian must be None, a SparsePattern or callable, got {jacobian!r}")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int):
         raise TypeError(f"max_iterations must be an integer, got {max_iterations!r}")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+
+
+def check_args(args: Any) -> None:
+    """Refuse what is not a tuple."""
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, (y,) for one, got {type(args).__name__}")
 
 
 def _taken_apart(args: tuple) -> tuple[list[Tensor], Callable[[Any], tuple]]:

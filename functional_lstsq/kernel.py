@@ -85,6 +85,10 @@ def solve_plainly(
     b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     start = known if known is not None and known.shape[1] == n else None
+    unknown = None
+    if on_failure in ("return", "nan") and token is not None:  # a derivative of what failed
+        unknown = ~(b.isfinite().all(1) & c.isfinite().all(1))
+        b, c = (torch.where(unknown[:, None], 0.0, t) for t in (b, c)) if bool(unknown.any()) else (b, c)
     _require_finite(token is not None, **numbers, damp=(damp,), b=(b,), c=(c,), x0=(start,))
     if damp is not None and bool((damp < 0).any()):
         raise ValueError(f"damp must not be negative, got {float(damp.min()):g}")
@@ -116,6 +120,7 @@ def solve_plainly(
         check(report, n, system.accept, wanted, by_products, lambda p: _name_columns(factors, p, wanted.wide))
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
+        failed = failed if unknown is None else failed | unknown
         r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
     token = keeper.token() if token is None else torch.zeros(1, dtype=torch.int64)
     return r.contiguous(), x.contiguous(), torch.stack(list(report), 1), token

@@ -39,6 +39,7 @@ class Objective:
     linear: bool
     name: str
     start: str  # what must be finite, and where
+    point: str  # what the user calls x0
 
     @property
     def accept(self) -> float:

@@ -48,6 +48,7 @@ def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple
         linear=True,
         name="the robust fit",
         start="b - A x must be finite at x0",
+        point="x0",
     )
     damp = torch.zeros_like(threshold) if problem.damp is None else problem.damp
     k = b.shape[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .fits import FitInfo
-from .gauss_newton import minimum_of
+from .gauss_newton import check_args, minimum_of
 from .lstsq import solve
+from .matrix import SparseMatrix
 from .problem import check_numbers
 
 
@@ -39,7 +41,8 @@ def variable_projection(
     |b - A(p) x(p)|, by `gauss_newton`: fewer unknowns, no start for x, and mostly fewer steps.
 
     Args:
-        design: design(p, *args) -> A, (m, k): a SparseMatrix, LinearOperator or torch sparse tensor, of full rank.
+        design: design(p, *args) -> A, (m, k): a SparseMatrix or LinearOperator, of full rank. (torch can't
+            differentiate by what makes a torch sparse tensor: make the pattern outside, the values inside.)
         p0: (n,), float32 or float64, where to start; no derivative flows through it.
         b: (m,), or (m, j) for columns that share p but not x; real.
         args: tuple of pytrees; tensors in them may be differentiated and mapped over.
@@ -53,7 +56,8 @@ def variable_projection(
 
     Raises: as `gauss_newton`, of p0 for x0, and as `lstsq` does for x.
 
-    Cost: in each step a solve, and one further solve for the Jacobian by p, all columns together.
+    Cost: in each step a solve, and one further solve for the Jacobian by p, all columns together. For small problems
+    `gauss_newton` over p and x takes less time, though more steps.
 
     Source: Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, and Inverse Problems 19(2), 2003.
 
@@ -73,21 +77,30 @@ def variable_projection(
         raise TypeError(f"design must be callable, got {design!r}")
     if not isinstance(b, Tensor) or b.is_complex():
         raise TypeError(f"b must be a real tensor, got {b.dtype if isinstance(b, Tensor) else type(b).__name__}")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+    check_args(args)
     check_numbers("b", b)
     check_numbers("weights", weights if isinstance(weights, Tensor) else None)
 
     def reduced(p: Tensor, b: Tensor, weights: Tensor | None, *args: Any) -> Tensor:
-        # A step may lead to where A has no full rank: NaN, which makes it shorter.
-        r = solve(design(p, *args), b, weights=weights, solver=solver, throw=False).residual
+        # A step may lead to where A overflows or has no full rank: NaN, which makes it shorter.
+        A, good = design(p, *args), None
+        if isinstance(A, SparseMatrix):
+            good = A.values.isfinite().all()
+            A = SparseMatrix(torch.where(good, A.values, 0.0), A.pattern)
+        r = solve(A, b, weights=weights, solver=solver, throw=False).residual
+        r = r if good is None else torch.where(good, r, torch.nan)
         if weights is not None:
             root = weights.sqrt().to(r.dtype)
             r = root * r if r.ndim == 1 else root[:, None] * r
         return r.reshape(-1)
 
+    name = "variable_projection"
+    if throw and isinstance(p0, Tensor) and p0.ndim == 1:
+        check_numbers("p0", p0)
+        # The errors of a solve say most of what is wrong with A(p0).
+        solve(design(p0.detach(), *args), b, weights=weights, solver=solver)
     p, dtype, info, given = minimum_of(
-        reduced, p0, (b, weights, *args), None, None, solver, max_iterations, throw, "variable_projection", "p0"
+        reduced, p0, (b, weights, *args), None, None, solver, max_iterations, throw, name, "p0", "design"
     )
     b, weights, *args_in_double = given
     # In double precision to the end: x may move much more than p.

@@ -266,7 +266,7 @@ BAD = {
     "x0 shape": (lambda: fl.gauss_newton(decay, X0[None], (Y,)), ValueError, r"x0 must have shape \(n,\)"),
     "x0 dtype": (lambda: fl.gauss_newton(decay, X0.to(torch.complex128), (Y,)), TypeError, "x0 must be float32"),
     "x0 NaN": (lambda: fl.gauss_newton(decay, X0 * torch.nan, (Y,)), ValueError, "x0 must be finite, got NaN"),
-    "args": (lambda: fl.gauss_newton(decay, X0, Y), TypeError, "args must be a tuple, got Tensor"),
+    "args": (lambda: fl.gauss_newton(decay, X0, Y), TypeError, "args must be a tuple, .* got Tensor"),
     "args NaN": (lambda: fl.gauss_newton(decay, X0, (Y / 0,)), ValueError, "args must be finite, got infinity"),
     "few": (lambda: fl.gauss_newton(lambda x: x[:1], X0), ValueError, "at least as many numbers as x0 has, 2, got 1"),
     "shape": (lambda: fl.gauss_newton(lambda x: x[None], X0), ValueError, r"real tensor of shape \(m,\), got"),

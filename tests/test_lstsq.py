@@ -188,3 +188,9 @@ def test_the_portfolio_of_real_problems():
         [sys.executable, "-W", "ignore", str(SHARED / "portfolio.py")], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_nonlinear_loss_of_what_failed_has_nan_for_a_gradient():
+    flat = torch.ones(3, 2, dtype=torch.float64).to_sparse()
+    loss = lambda b: fl.solve(flat, b, throw=False).x.square().sum()  # noqa: E731
+    assert torch.func.grad(loss)(torch.ones(3, dtype=torch.float64)).isnan().all()

@@ -15,6 +15,12 @@ PATTERN, VALUES, B = problem(12, 3)
 B = B + 8 * (torch.arange(12) % 5 == 1)  # outliers
 WEIGHTS = torch.linspace(0.5, 2, 12, dtype=D)
 T = torch.tensor(0.8, dtype=D)
+
+
+def tensor(*numbers):
+    return torch.tensor(numbers, dtype=D)
+
+
 LOSSES = [fl.Huber, fl.Cauchy]
 
 
@@ -118,6 +124,16 @@ def test_it_is_a_stationary_point_of_no_more_cost(n, more, kind, t, seed):
     cost = lambda x: rho(kind, b - dense(values, pattern) @ x, t).sum()  # noqa: E731
     assert grad(cost)(solution.x).abs().max() < 1e-10 * b.norm()
     assert cost(solution.x) <= cost(plainly) * (1 + 1e-12)
+
+
+def test_a_threshold_far_below_the_noise():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        Ad = torch.randn(60, 3, generator=g, dtype=D)
+        b = Ad @ tensor(1.0, -2, 3) + 0.3 * torch.randn(60, generator=g, dtype=D)
+        x = fl.lstsq(fl.SparseMatrix.from_torch(Ad.to_sparse()), b, robust=fl.Cauchy(0.1))
+        slope = grad(lambda x: rho(fl.Cauchy, b - Ad @ x, tensor(0.1)[0]).sum())(x)  # noqa: B023
+        assert slope.norm() < 1e-12
 
 
 def test_thresholds_beyond_all_residuals_change_nothing():

@@ -144,6 +144,19 @@ def test_batches_and_columns():
     assert grad(loss)(together.p).abs().max() < 1e-10
 
 
+def test_steps_to_where_the_design_overflows_are_taken_back():
+    starts = torch.stack([tensor(0.3, 1.5), tensor(0.0, 400.0), tensor(1.0, 1.0)])
+    run = lambda p0, y: fl.variable_projection(decays, p0, y, throw=False)  # noqa: E731
+    batch = vmap(lambda p0: run(p0, Y))(starts)
+    close(batch.p[0], fit(Y).p, 1e-12)
+    assert batch.info.status_code[0] == 0
+    assert batch.info.status_code[2] != 0  # A(p0) has no full rank
+    rows = vmap(lambda p0: jacrev(lambda y: run(p0, y).p)(Y))(starts)
+    close(rows[0], jacrev(lambda y: fit(y).p)(Y), 1e-10)
+    assert rows[2].isnan().all()
+    assert run(starts[2], Y).info.status == "inaccurate"
+
+
 def test_a_linear_operator_for_design():
     def design(p):
         return fl.LinearOperator(lambda p, x: torch.exp(-T[:, None] * p) @ x, p, 2)
@@ -164,7 +177,11 @@ def test_a_linear_operator_for_design():
         (lambda: fit(Y, weights=Y[:3]), ValueError, r"weights must have shape \(8,\)"),
         (lambda: fl.variable_projection(decays, RATES, Y, T), TypeError, "args must be a tuple"),
         (lambda: fl.variable_projection(lambda p: 3, RATES, Y), TypeError, "A must be a SparseMatrix"),
-        (lambda: fl.variable_projection(decays, RATES[:1].expand(2), Y), ValueError, "finite at p0"),
+        (
+            lambda: fl.variable_projection(decays, RATES[:1].expand(2), Y),
+            fl.RankDeficientError,
+            "rank 1, not full rank 2",
+        ),
         (lambda: fit(Y / 0), ValueError, "b must be finite"),
     ],
     ids=str,
