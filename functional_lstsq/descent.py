@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature import conjugate, model_at, relative
+from .curvature import Model, conjugate, model_at, relative
 from .fits import FitReport, check_fit
 from .objective import Leaves, Objective, each
 from .result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
@@ -22,6 +22,9 @@ from .solvers.system import EPS, noise
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
+# Gradients, in units of their rounding errors: after one more of Newton's steps these are all that is left; and the
+# largest that may be the errors of a residual that computes in single precision.
+_SMALL, _NEAR = 1e8, 1e10
 _SMALLEST = 1e-140  # residual whose squares, and those of their errors, are numbers
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -120,7 +123,8 @@ class _Descent:
             s.x, s.r = torch.where(better[:, None], s.x + p, s.x), torch.where(better[:, None], r, s.r)
             s.f, s.stale = torch.where(better, f, s.f), better
             self.state.put(which, s)
-            done = better & (small <= close) | (small <= EPS)
+            # In one norm a large unknown may hide that the others are far from where they belong: f does not.
+            done = better & (small <= close) & (predicted <= close * f + s.floor) | (small <= EPS)
             limit = ~done & (self.iterations[which] >= objective.max_iterations)
             stuck = ~sound & objective.linear  # without damping that could grow
             arrived[which] = done
@@ -175,7 +179,7 @@ class _Descent:
         s, leaves = self.state.take(which), self._of(which)
         model = model_at(objective, s.J, s.weights, leaves)  # of one step before: it is a preconditioner, no more
         x, previous, least = s.x, torch.full_like(s.f, torch.inf), self._least(which, s)
-        target = 10 * objective.precision**0.5
+        target, blur = 10 * objective.precision**0.5, _blur(model, s)
         for _ in range(_NEWTON):
             g = each(objective.gradient, x, *leaves)
             step, definite, products = conjugate(objective, x, leaves, model, g[:, :, None], 1e-6)
@@ -185,8 +189,10 @@ class _Descent:
             length = torch.linalg.vector_norm(model.norms * p, dim=1)
             shrinks = definite[:, 0] & (length < previous / 2)  # not of NaN
             x = torch.where(shrinks[:, None], x + p, x)
-            # Where they end to shrink, steps are rounding errors, if they are small: Newton's is far away otherwise.
-            right = torch.where(shrinks, moved <= target, definite[:, 0] & (moved <= objective.accept))
+            # Where they end to shrink, steps are rounding errors, if they are small: Newton's is far away otherwise. In
+            # one norm a large unknown may hide the others, so every component of g is held against its rounding errors.
+            small, near = ((g.abs() <= times * blur[place]).all(1) for times in (_SMALL, _NEAR))
+            right = torch.where(shrinks, (moved <= target) & small, definite[:, 0] & (moved <= objective.accept) & near)
             self.state.x[which[place[right]]] = x[right]
             found[place[right]] = True
             self.status[which[place[~definite[:, 0]]]] = float(NO_MINIMUM)
@@ -216,16 +222,17 @@ class _Descent:
         s, _ = self._linearised(torch.arange(len(self.status), device=self.status.device))
         model = model_at(objective, s.J, s.weights, leaves)
         psi = s.weights * s.r
-        spread = EPS * (psi.abs() + s.weights * (s.r.abs() + model.magnitude(s.x)))
+        spread = _spread(model, s)
         c = model.adjoint(spread * noise(spread)) + EPS * model.adjoint_magnitude(psi.abs()) * noise(s.x)
         g = each(objective.gradient, s.x, *leaves)
         # Neither sees a direction that it has no part in: at a saddle point that symmetry leads to, the one downwards.
-        norms = torch.where(model.norms > 0, model.norms, 1.0)
-        probe = norms * noise(s.x, 1)
+        # This one has as large a part in every direction, in the norm of M, by which conjugate gradients measure.
+        probe = model.adjoint(model.root * noise(s.r, 1)) + leaves[1][:, None] * noise(s.x, 2)
         right = torch.stack([g, c, probe], 2)
         steps, definite, products = conjugate(objective, s.x, leaves, model, right, 1e-3)
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
+        norms = torch.where(model.norms > 0, model.norms, 1.0)
         left = torch.linalg.vector_norm(psi, dim=1)
         optimality = torch.linalg.vector_norm(g / norms, dim=1) / (s.x.shape[1] ** 0.5 * left).clamp_min(_TINY)
         # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
@@ -264,3 +271,13 @@ class _Descent:
             rank=torch.zeros_like(unknown),
         )
         return report, torch.zeros(1, dtype=torch.int64)
+
+
+def _spread(model: Model, s: _State) -> Tensor:
+    """The sizes of rounding errors in psi (P, m), where the residual is no better than J x and itself."""
+    return EPS * (s.weights * (2 * s.r.abs() + model.magnitude(s.x)))
+
+
+def _blur(model: Model, s: _State) -> Tensor:
+    """The sizes of rounding errors in g (P, n)."""
+    return model.adjoint_magnitude(_spread(model, s) + EPS * (s.weights * s.r).abs())

@@ -217,17 +217,24 @@ def _tall(A: SparseMatrix | Tensor) -> SparseMatrix:
 
 
 def _hat(A: SparseMatrix, b: Tensor, weights: Tensor | None, solver: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The diagonals of H and of 1 - H, and b - H b, each (m,), the first two real.
+    """The diagonals of H and of 1 - H, and the residual of b, each (m,), the first two real.
 
     Columns of H^H are adjoint solves, which share the factors of the solve for b.
     """
     m, fits, rests = A.shape[0], [], []
-    pulled: Any = torch.func.vjp(lambda b: A.matmul(lstsq(A, b, weights=weights, solver=solver)), b)
-    fit, back = pulled
+
+    def fitted(b: Tensor) -> tuple[Tensor, Tensor]:
+        solution = solve(A, b, weights=weights, solver=solver)
+        return A.matmul(
+            solution.x
+        ), solution.residual  # which is more than b - A x, where the condition number is large
+
+    pulled: Any = torch.func.vjp(fitted, b, has_aux=True)
+    fit, back, residual = pulled
     for rows in torch.arange(m, device=A.device).split(_BLOCK):
         unit = torch.nn.functional.one_hot(rows, m).T.to(fit.dtype)
         column = torch.vmap(back, 1, 1)(unit)[0]
         fits.append(column[rows].diagonal().real)
         rests.append((unit - column)[rows].diagonal().real)
     none = [A.values.real.new_zeros(0)]
-    return torch.cat(fits or none), torch.cat(rests or none), b - fit
+    return torch.cat(fits or none), torch.cat(rests or none), residual

@@ -29,7 +29,8 @@ class Square:
 class Huber(Square):
     """Residuals beyond a threshold t count by their size, not by its square (Huber, Ann. Math. Statist. 35(1), 1964).
 
-    The loss is z^2 / 2 for |z| <= t, and t |z| - t^2 / 2 beyond: convex, with one minimum.
+    The loss rho is z^2 / 2 for |z| <= t, and t |z| - t^2 / 2 beyond: convex. (`scipy.optimize.least_squares` has the
+    same with loss="huber" and f_scale=t. No scale is estimated: it is in the weights, or in t.)
 
     Args:
         threshold: t, a positive number or 0-d tensor (which may be differentiated), in the units of the residuals, once
@@ -59,11 +60,17 @@ class Huber(Square):
 class Cauchy(Square):
     """Residuals far beyond a threshold t hardly count at all.
 
-    The loss is t^2 / 2 log(1 + (z / t)^2). It is not convex: what is found is a minimum near the start, which is the
-    plain least-squares solution where none is given (Holland and Welsch, Comm. Statist. A6(9), 1977).
+    The loss rho is t^2 / 2 log(1 + (z / t)^2). It is not convex: what is found is a minimum near the start, which is
+    the plain least-squares solution where none is given (Holland and Welsch, Comm. Statist. A6(9), 1977).
+    (`scipy.optimize.least_squares` has the same with loss="cauchy" and f_scale=t.)
 
     Args:
-        threshold: as for `Huber`.
+        threshold: t, as for `Huber`.
+
+    >>> import functional_lstsq as fl
+    >>> A = fl.SparseMatrix.from_torch(torch.ones(5, 1, dtype=torch.float64).to_sparse())
+    >>> fl.lstsq(A, torch.tensor([1.0, 1.2, 0.8, 1.1, 50.0], dtype=torch.float64), robust=fl.Cauchy(0.5))
+    tensor([1.0320], dtype=torch.float64)
     """
 
     threshold: float | Tensor = 2.385

@@ -43,8 +43,9 @@ def lstsq(
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
             out; the derivative by a weight that is 0 is NaN. (A wide A that loses a row has no full rank: see
             rank_deficient.)
-        robust: `Huber()` or `Cauchy()` in place of the square of what `weights` make of b - A x, for real A with
-            m >= n; by iteratively reweighted least squares, from x0 or from the solution for squares.
+        robust: `Huber()` or `Cauchy()`, of loss rho: minimises sum_i 2 rho(sqrt(weights_i) (b - A x)_i) + damp^2 |x|^2,
+            for each column of b, by iteratively reweighted least squares (at most 200 steps) from x0, or from the
+            solution for squares. For a real SparseMatrix, or sparse tensor, with m >= n.
         solver: `Dense()`, `Direct()`, `CGLS()`, or another solver object; None is `Auto()`, which chooses by predicted
             cost and moves on where a method has no answer that is accepted.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.

@@ -75,7 +75,8 @@ class SolveInfo(NamedTuple):
         method_code: which method answered; `method` gives its name.
         iterations: iterations of conjugate gradients, of all refinements together.
         optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient. NaN where
-            `CGLS` failed before it solved anything.
+            `CGLS` failed before it solved anything. Of robust fits (method "IRLS") with the weights of the last step,
+            as condition and norm are.
         forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by, except
             where x is zero but for rounding (see `lstsq`). Infinite where there is none.
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1

@@ -29,7 +29,7 @@ def test_json_is_one_object_with_stable_keys(tall, capsys):
     assert list(told) == [
         *("command", "matrix", "rows", "columns", "entries", "right_hand_sides", "status", "method", "tried"),
         *("iterations", "residual", "optimality", "forward_error", "condition", "rank", "seconds"),
-        *("solution", "gradient"),
+        *("weights", "robust", "threshold", "damp", "solution", "gradient"),
     ]
     assert (told["rows"], told["columns"], told["rank"], told["status"]) == (5, 3, 3, "converged")
     assert isinstance(told["forward_error"], float)

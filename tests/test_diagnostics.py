@@ -165,3 +165,15 @@ def test_jacobian_operator(weights):
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call(fl.SparseMatrix(VALUES, PATTERN))
+
+
+def test_left_out_residuals_of_an_ill_conditioned_matrix():
+    g = torch.Generator().manual_seed(0)
+    D = torch.randn(8, 3, generator=g, dtype=torch.float64)
+    D[:, 1] = D[:, 0] + D[:, 1] / 1e10
+    b = torch.randn(8, generator=g, dtype=torch.float64)
+    Q = torch.linalg.qr(D)[0]  # the range is known much better than the solution
+    rest = torch.eye(8, dtype=torch.float64) - Q @ Q.T
+    close(fl.leave_one_out(fl.SparseMatrix.from_torch(D.to_sparse()), b), rest @ b / rest.diagonal(), 1e-5)
+    exact = fl.solve(fl.SparseMatrix.from_torch(D.to_sparse()), b).residual
+    close(fl.leave_one_out(fl.SparseMatrix.from_torch(D.to_sparse()), b) * rest.diagonal(), exact, 1e-5)

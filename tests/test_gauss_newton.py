@@ -202,6 +202,23 @@ def test_a_start_far_away_does_not_coarsen_what_is_accepted(size):
         close(solution.x, tensor(0, 0.710753666003), 1e-11)
 
 
+@pytest.mark.parametrize("size", [1e5, 1.7e9])
+def test_a_large_unknown_hides_no_other(size):
+    residual = lambda x, y: torch.cat([x[2:] - size, decay(x, y)])  # noqa: E731
+    f = lambda y: fl.gauss_newton(residual, tensor(1, 0.3, size + 1), (y,)).x[:2]  # noqa: E731
+    close(f(Y), fit(Y), 1e-12)
+    close(jacrev(f)(Y), jacrev(fit)(Y), 1e-10)
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-7])
+def test_a_saddle_beside_ill_conditioned_unknowns_is_seen(gap):
+    def residual(x):
+        return torch.stack([x[0] + x[1] - 2, x[0] + (1 + gap) * x[1] - 2 - gap, x[2], 1 - x[2] ** 2])
+
+    with pytest.raises(fl.ConvergenceError, match="not a strict minimum"):
+        fl.gauss_newton(residual, tensor(0.3, 0.2, 0))
+
+
 def test_sizes_whose_squares_are_no_numbers_are_refused():
     for size in (1e-165, 1e160):
         with pytest.raises(ValueError, match="have squares that are no numbers"):

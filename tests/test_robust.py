@@ -106,6 +106,8 @@ def test_batches(kind):
     close(vmap(lambda b: fit(kind, VALUES, b))(bs)[1], fit(kind, VALUES, bs[1]), 1e-12)
     f = lambda b: fit(kind, VALUES, b).sin().sum()  # noqa: E731
     close(vmap(hessian(f))(bs)[1], hessian(f)(bs[1]), 1e-10)
+    by_products = lambda b: fit(kind, VALUES, b, solver=fl.CGLS(tolerance=1e-13)).sin().sum()  # noqa: E731
+    close(vmap(hessian(by_products))(bs)[1], hessian(f)(bs[1]), 1e-8)
     close(grad(lambda b: vmap(lambda s: fit(kind, VALUES, s * b).sum())(bs[0, :2]).sum())(B)[:2],
           sum(grad(lambda b, s=s: fit(kind, VALUES, s * b).sum())(B) for s in bs[0, :2])[:2], 1e-9)  # fmt: skip
 

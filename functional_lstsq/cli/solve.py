@@ -34,7 +34,13 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
     job.add_argument("--gradient", metavar="G.mtx", help="write the gradient of sum(x) by the entries of A")
     job.add_argument("--weights", metavar="w.mtx", help="weights of the squared residuals, one column: 1 / variance")
     job.add_argument("--robust", choices=sorted(LOSSES), help="a loss that is not led astray by outliers")
-    job.add_argument("--threshold", type=float, metavar="T", help="residual from which the loss differs from a square")
+    job.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="where the loss begins to differ from a square, in "
+        "units of residual times sqrt(weight); default: 1.345 for huber, 2.385 for cauchy",
+    )
     job.add_argument("--damp", type=float, metavar="D", help="damping, at least 0, in units of A")
     job.add_argument("--minimum-norm", action="store_true", help="accept A without full rank: the x of least norm")
     job.add_argument("--solver", choices=SOLVERS, default="auto", help="default: auto, by predicted cost")
@@ -72,8 +78,10 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if options.gradient:
         entries = gradient.values.resolve_conj().numpy()
         write(options.gradient, scipy.sparse.coo_array((entries, A.pattern.indices.numpy()), A.shape))
-    out.table(described(told, out))
-    out.record(command=NAME, matrix=options.matrix, **told, solution=options.output, gradient=options.gradient)
+    asked = {name: getattr(options, name) for name in ("weights", "robust", "threshold", "damp")}
+    told_too = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+    out.table(described(told, out) + ([("asked for", told_too)] if told_too else []))
+    out.record(command=NAME, matrix=options.matrix, **told, **asked, solution=options.output, gradient=options.gradient)
     return 0
 
 
