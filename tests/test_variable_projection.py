@@ -184,7 +184,6 @@ def test_a_linear_operator_for_design():
         ),
         (lambda: fit(Y / 0), ValueError, "b must be finite"),
     ],
-    ids=str,
 )
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
