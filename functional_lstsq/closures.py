@@ -78,7 +78,7 @@ def _transformed(tensor: Tensor, differentiating: bool) -> bool:
         kind = kinds.get(maybe_get_level(wrapped))
         if kind == TransformType.Vmap or wrapped.requires_grad:
             return True
-        if kind == TransformType.Jvp and torch._VF._unpack_dual(wrapped, level=0)[1] is not None:  # type: ignore
+        if kind == TransformType.Jvp and torch._VF._unpack_dual(wrapped, level=0)[1] is not None:  # type: ignore[attr-defined]
             return True
         tensor = get_unwrapped(wrapped)
     return differentiating and tensor.requires_grad

@@ -49,7 +49,7 @@ class Model:
             return self
         return replace(self, values=self.values[which], root=self.root[which], d=self.d[which], token=None)
 
-    @property
+    @cached_property
     def A(self) -> Operator:
         """W^(1/2) J"""
         return Operator(self.objective.pattern, self.values)
@@ -63,6 +63,10 @@ class Model:
         squares = self.values.new_zeros((copies, n))
         return largest * squares.scatter_add_(1, columns, (self.values / largest).square()).sqrt()
 
+    @cached_property
+    def _sizes(self) -> Operator:
+        return self.A.absolute()
+
     def adjoint(self, y: Tensor) -> Tensor:
         """J^T y for y (P, m)."""
         return self.A.adjoint((y / self.root)[:, :, None])[:, :, 0]
@@ -73,11 +77,11 @@ class Model:
 
     def magnitude(self, x: Tensor) -> Tensor:
         """|J| |x|"""
-        return self.A.absolute().matmul(x.abs()[:, :, None])[:, :, 0] / self.root
+        return self._sizes.matmul(x.abs()[:, :, None])[:, :, 0] / self.root
 
     def adjoint_magnitude(self, y: Tensor) -> Tensor:
         """|J|^T |y|"""
-        return self.A.absolute().adjoint((y.abs() / self.root)[:, :, None])[:, :, 0]
+        return self._sizes.adjoint((y.abs() / self.root)[:, :, None])[:, :, 0]
 
     def damped(self, r: Tensor, scale: Tensor, mu: Tensor) -> Tensor:
         """The step to the minimum of the model with mu |scale p|^2 / 2 added, for d = 0."""
@@ -160,7 +164,7 @@ def relative(e: Tensor, x: Tensor, scale: Tensor, least: Tensor | float = 0.0) -
 def conjugate(
     objective: Objective, x: Tensor, leaves: Leaves, model: Model, c: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, int]:
-    """(H^-1 c (P, n, k), whether H is positive definite as far as it was seen (P, k), products per problem).
+    """(H^-1 c (P, n, k), whether it was found, H being positive definite on the way (P, k), products per problem).
 
     Args:
         tolerance: by how much the error is to shrink, in the norm of M.
@@ -189,7 +193,7 @@ def conjugate(
         ratio = torch.where(live, new / torch.where(live, rho, 1.0), 0.0)
         p = torch.where(live[:, None], z + ratio[:, None] * p, p)
         rho, length = torch.where(live, new, rho), torch.where(live, new + ratio.square() * length, length)
-    return s, definite, products
+    return s, definite & ~live, products
 
 
 def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | None, leaves: Leaves) -> Tensor:
@@ -205,7 +209,8 @@ def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | 
     c = torch.where(finite, c, 0.0)
     size = c.abs().amax(1, keepdim=True)
     c = c / torch.where(size > 0, size, 1.0)
-    _, weights, J = each(objective.linearised, x, *leaves)
+    _, r = each(objective.cost, x, *leaves)
+    weights, J = objective.weights(r, leaves), each(objective.slopes, x, *leaves)
     usable = (J.isfinite().all(1) & weights.isfinite().all(1))[:, None]  # not so where there was no minimum
     model = model_at(objective, J.where(usable, 0.0), weights.where(usable, 1.0), leaves, token)
     scale, s, residual = model.norms[:, :, None], torch.zeros_like(c), c

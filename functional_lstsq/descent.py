@@ -138,10 +138,9 @@ class _Descent:
         stale = which[self.state.stale[which]]
         if len(stale):
             s, leaves = self.state.take(stale), self._of(stale)
-            r, s.weights, J = each(self.objective.linearised, s.x, *leaves)
-            self.broken[stale] |= ~J.isfinite().all(1) | ~r.isfinite().all(1)
-            good = ~self.broken[stale, None]
-            s.r, s.J, s.weights = r.where(good, 0.0), J.where(good, 0.0), s.weights.where(good, 1.0)
+            J, s.weights = each(self.objective.slopes, s.x, *leaves), self.objective.weights(s.r, leaves)
+            self.broken[stale] |= ~J.isfinite().all(1)
+            s.J = J.where(~self.broken[stale, None], 0.0)
             model = model_at(self.objective, s.J, s.weights, leaves)
             s.scale, s.stale = torch.maximum(s.scale, model.norms), torch.zeros_like(s.stale)
             errors = s.r.abs() + model.magnitude(s.x)

@@ -225,9 +225,8 @@ def _hat(A: SparseMatrix, b: Tensor, weights: Tensor | None, solver: Any) -> tup
 
     def fitted(b: Tensor) -> tuple[Tensor, Tensor]:
         solution = solve(A, b, weights=weights, solver=solver)
-        return A.matmul(
-            solution.x
-        ), solution.residual  # which is more than b - A x, where the condition number is large
+        # Its residual is more exact than b - A x where A is ill-conditioned.
+        return A.matmul(solution.x), solution.residual
 
     pulled: Any = torch.func.vjp(fitted, b, has_aux=True)
     fit, back, residual = pulled

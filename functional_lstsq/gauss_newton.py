@@ -66,7 +66,7 @@ def gauss_newton(
         TypeError, ValueError: an argument of the wrong type, dtype or shape, or with NaN or infinity in it; a jacobian
             that is not that of residual; a residual that depends on tensors out of `args` that are being
             differentiated.
-        RankDeficientError: the Jacobian has no full rank at the minimum, so that there are others beside it.
+        RankDeficientError: the Jacobian has no full rank at the point reached, which need not be the only minimum.
         ConvergenceError: no minimum within max_iterations, or one whose estimated forward error, relative, is above
             eps^(1/3) of the dtype; or such a derivative.
 

@@ -64,10 +64,13 @@ class Objective:
         _, pull = pulled
         return pull(V[:, 0])[0][:, None] if V.shape[1] == 1 else torch.vmap(lambda v: pull(v)[0], 1, 1)(V)
 
-    def linearised(self, x: Tensor, t: Tensor, d: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(r, weights, values of J)"""
-        r = self.residual(x, *given)
-        return r, self.loss.weight(r, t), self.jacobian(x, *given)
+    def slopes(self, x: Tensor, t: Tensor, d: Tensor, *given: Tensor) -> Tensor:
+        """The values of J."""
+        return self.jacobian(x, *given)
+
+    def weights(self, r: Tensor, leaves: Leaves) -> Tensor:
+        """(P, m), of the parabolas that touch the loss in r."""
+        return self.loss.weight(r, leaves[0][:, None])
 
 
 def each(function: Callable, *tensors: Tensor) -> Any:

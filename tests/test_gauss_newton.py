@@ -197,9 +197,7 @@ def test_solutions_that_are_zero():
 @pytest.mark.parametrize("size", [1e8, 1e13, 1e20])
 def test_a_start_far_away_does_not_coarsen_what_is_accepted(size):
     residual = lambda x: torch.stack([size * x[0], torch.exp(x[1]) - 2, (x[1] - 1) / 2])  # noqa: E731
-    solution = fl.gauss_newton(residual, tensor(1, 5), throw=False)
-    if solution.info.status == "converged":
-        close(solution.x, tensor(0, 0.710753666003), 1e-11)
+    close(fl.gauss_newton(residual, tensor(1, 5)).x, tensor(0, 0.710753666003), 1e-11)
 
 
 @pytest.mark.parametrize("size", [1e5, 1.7e9])

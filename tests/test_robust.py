@@ -168,12 +168,10 @@ def test_exact_fits_and_huge_outliers(kind):
     for size in (1e4, 1e8, 1e12):  # which squares would see, and nothing else
         b = Ad @ exact + 0.1 * torch.randn(40, generator=g, dtype=D)
         b[::5] += size * torch.randn(8, generator=g, dtype=D)
-        solution = fl.solve(A, b, robust=kind(0.3), throw=False)
-        if solution.info.status == "converged":
-            again = fl.lstsq(A, b, robust=kind(0.3), x0=solution.x)
-            assert (again - solution.x).norm() <= 10 * solution.info.forward_error * again.norm()
-        else:
-            assert size > 1e4
+        solution = fl.solve(A, b, robust=kind(0.3))
+        again = fl.lstsq(A, b, robust=kind(0.3), x0=solution.x)
+        assert (again - solution.x).norm() <= 10 * solution.info.forward_error * again.norm()
+        assert (solution.x - exact).norm() < 0.2 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -183,7 +181,7 @@ def test_ill_conditioned_ones_are_right_or_refused(kind):
         Ad, pattern = with_singular_values(s, 15)
         b = Ad @ torch.ones(4, dtype=D) + 0.1 * torch.cos(torch.arange(15, dtype=D)) + 5 * (torch.arange(15) == 3)
         solution = fl.solve(fl.SparseMatrix(Ad.reshape(-1), pattern), b, robust=kind(0.1), throw=False)
-        if condition == 1e3:
+        if condition <= 1e6:
             assert solution.info.status == "converged"
         if solution.info.status == "converged":
             x = solution.x

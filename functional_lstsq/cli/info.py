@@ -77,7 +77,7 @@ def _solved(A: SparseMatrix, solver: Auto) -> dict[str, Any]:
         info = solve(A, b, solver=solver, throw=False).info
         deficient, rank = int(info.status_code) == RANK_DEFICIENT, int(info.rank)
         told = {
-            "condition": math.inf if deficient else worst(info.condition),
+            "condition": worst(info.condition),
             "rank": rank if rank >= 0 else None,
             "status": info.status,
             "forward_error": math.nan if deficient else worst(info.forward_error),
