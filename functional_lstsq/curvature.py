@@ -15,7 +15,7 @@ from .objective import Leaves, Objective, each
 from .products import Operator
 from .result import RANK_DEFICIENT, ConvergenceError, Report
 from .solvers import Auto
-from .solvers.system import EPS, dot, tolerance_of
+from .solvers.system import EPS, column_sizes, dot, tolerance_of
 
 _CORRECTIONS = 8
 _SMALL, _ENTRIES = 64, 2**20
@@ -57,11 +57,9 @@ class Model:
     @cached_property
     def norms(self) -> Tensor:
         """Of the columns of W^(1/2) J, (P, n)."""
-        copies, n = len(self.values), self.objective.pattern.shape[1]
-        columns = self.objective.pattern.indices[1].expand(copies, -1)
-        largest = self.values.abs().amax(1, keepdim=True).clamp_min(_TINY)
-        squares = self.values.new_zeros((copies, n))
-        return largest * squares.scatter_add_(1, columns, (self.values / largest).square()).sqrt()
+        columns = self.objective.pattern.indices[1].expand_as(self.values)
+        largest, squares = column_sizes(self.values.abs(), columns, None, self.objective.pattern.shape[1])
+        return largest * squares.sqrt()
 
     @cached_property
     def _sizes(self) -> Operator:

@@ -22,6 +22,7 @@ from .pattern import SparsePattern
 from .problem import check_numbers
 from .result import Solution
 from .solvers.system import noise
+from .transforms import double
 
 _ENTRIES = 10**7  # of a Jacobian that is formed whole
 _SAME = 1e-4  # relative difference between a given Jacobian and the residual's that may be rounding in single precision
@@ -116,7 +117,7 @@ def minimum_of(
         if tensor.layout != torch.strided:
             raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
         check_numbers(where, tensor)
-    start, doubled = x0.detach().to(torch.float64), [_double(tensor) for tensor in tensors]
+    start, doubled = x0.detach().to(torch.float64), [double(tensor) for tensor in tensors]
     try:
         function, r = close(lambda x, *t: residual(x, *rebuild(t)), of_function, "args", start, *doubled)
     except RuntimeError as error:
@@ -209,11 +210,6 @@ def _taken_apart(args: tuple) -> tuple[list[Tensor], Callable[[Any], tuple]]:
         return torch_pytree.tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
 
     return [leaves[i] for i in places], rebuild
-
-
-def _double(tensor: Tensor) -> Tensor:
-    number = tensor.is_floating_point() or tensor.is_complex()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if number else tensor
 
 
 @lru_cache(maxsize=8)

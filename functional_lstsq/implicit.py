@@ -13,7 +13,6 @@ so that derivatives of every order and mix follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .curvature import solve_curvature
 from .descent import minimise
 from .fits import FitReport
 from .objective import each
-from .transforms import Primitive, join_columns, join_matrices, split_columns, split_matrices
+from .transforms import Primitive, join_columns, join_matrices, of_some, split_columns, split_matrices
 
 
 class Minimum(Primitive):
@@ -45,7 +44,7 @@ class Minimum(Primitive):
         if x_bar is None or not which:
             return None, *bars
         s = SolveCurvature.apply(objective, x_bar[:, :, None], x, token, *leaves)[:, :, 0]
-        moved, chosen = _of_some(which, leaves, lambda *every: each(objective.gradient, x, *every))
+        moved, chosen = of_some(which, leaves, lambda *every: each(objective.gradient, x, *every))
         pull: Any = torch.func.vjp(moved, *chosen)[1]
         for i, bar in zip(which, pull(-s), strict=True):
             bars[i] = _where_found(bar, report)
@@ -59,7 +58,7 @@ class Minimum(Primitive):
         which = [i for i, dot in enumerate(dots) if dot is not None]
         if not which:
             return torch.zeros_like(x), None, None
-        moved, chosen = _of_some(which, leaves, lambda *every: each(objective.gradient, x, *every))
+        moved, chosen = of_some(which, leaves, lambda *every: each(objective.gradient, x, *every))
         g_dot: Any = torch.func.jvp(moved, chosen, tuple(dots[i] for i in which))[1]
         x_dot = SolveCurvature.apply(objective, -g_dot[:, :, None], x, token, *leaves)[:, :, 0]
         return _where_found(x_dot, report), None, None
@@ -89,7 +88,7 @@ class SolveCurvature(Primitive):
         which = [i for i, need in enumerate((needed[1], *needed[3:])) if need]
         bars: list[Tensor | None] = [None] * (1 + len(leaves))
         if which:
-            moved, chosen = _of_some(which, [x, *leaves], lambda *every: each(objective.curvature, s, *every))
+            moved, chosen = of_some(which, [x, *leaves], lambda *every: each(objective.curvature, s, *every))
             pull: Any = torch.func.vjp(moved, *chosen)[1]
             for i, bar in zip(which, pull(-c_bar), strict=True):
                 bars[i] = bar
@@ -102,7 +101,7 @@ class SolveCurvature(Primitive):
         dots = [x_dot, *dots]
         which = [i for i, dot in enumerate(dots) if dot is not None]
         if which:
-            moved, chosen = _of_some(which, [x, *leaves], lambda *every: each(objective.curvature, s, *every))
+            moved, chosen = of_some(which, [x, *leaves], lambda *every: each(objective.curvature, s, *every))
             h_dot: Any = torch.func.jvp(moved, chosen, tuple(dots[i] for i in which))[1]
             c_dot = -h_dot if c_dot is None else c_dot - h_dot
         if c_dot is None:
@@ -118,16 +117,6 @@ class SolveCurvature(Primitive):
         c, x = join_matrices(c, of_c, size), join_matrices(x, of_x, size)
         every = (join_matrices(leaf, dim, size) for leaf, dim in zip(leaves, of_leaves, strict=True))
         return split_matrices(cls.apply(objective, c, x, token, *every), size), 0
-
-
-def _of_some(which: list[int], every: list[Tensor], function: Callable) -> tuple[Callable, tuple[Tensor, ...]]:
-    """(`function` of the arguments `which` alone, those arguments)"""
-
-    def moved(*chosen: Tensor) -> Any:
-        changed = dict(zip(which, chosen, strict=True))
-        return function(*(changed.get(i, tensor) for i, tensor in enumerate(every)))
-
-    return moved, tuple(every[i] for i in which)
 
 
 def _where_found(derivative: Tensor, report: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .holder import by_name
 from .kernel import solve_plainly
 from .operator import LinearOperator, Product
 from .solvers.system import EPS, System, noise, norm, power_of_two, tolerance_of
-from .transforms import Primitive, join_columns, join_matrices, split_columns, split_matrices
+from .transforms import Primitive, join_columns, join_matrices, of_some, split_columns, split_matrices
 
 _LINEAR = 1e-8  # relative deviation of products from linear ones that is taken for rounding
 _SLACK = 4  # rounding errors of a product, in units of |A| |x| eps
@@ -107,13 +107,9 @@ class SolveMatrixFree(Primitive):
         bars: list[Tensor | None] = [None] * len(leaves)
         which = [i for i in range(len(leaves)) if needed[5 + i]]
         if which:
-
-            def product(*chosen: Tensor) -> Tensor:
-                changed = dict(zip(which, chosen, strict=True))
-                both = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return by_matvec.product(both, torch.cat([x, l_x], 2), adjoint=False)
-
-            pull: Any = torch.func.vjp(product, *(leaves[i] for i in which))[1]
+            both = torch.cat([x, l_x], 2)
+            product, chosen = of_some(which, leaves, lambda *every: by_matvec.product(every, both, adjoint=False))
+            pull: Any = torch.func.vjp(product, *chosen)[1]
             for i, bar in zip(which, pull(-torch.cat([l_r, r], 2)), strict=True):
                 bars[i] = bar
         damp_bar = 2 * damp * (l_x.conj() * x).sum((1, 2)).real if needed[0] else None
@@ -129,13 +125,11 @@ class SolveMatrixFree(Primitive):
         which = [i for i, tangent in enumerate(leaves_dot) if tangent is not None]
         if which:
 
-            def products(*chosen: Tensor) -> tuple[Tensor, Tensor]:
-                changed = dict(zip(which, chosen, strict=True))
-                both = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return by_matvec.product(both, x, adjoint=False), by_matvec.product(both, r, adjoint=True)
+            def products(*every: Tensor) -> tuple[Tensor, Tensor]:
+                return by_matvec.product(every, x, adjoint=False), by_matvec.product(every, r, adjoint=True)
 
-            primals, moved = tuple(leaves[i] for i in which), tuple(leaves_dot[i] for i in which)
-            changes: Any = torch.func.jvp(products, primals, moved)[1]
+            moved, chosen = of_some(which, leaves, products)
+            changes: Any = torch.func.jvp(moved, chosen, tuple(leaves_dot[i] for i in which))[1]
             of_x, of_r = changes
             b_dot = -of_x if b_dot is None else b_dot - of_x
             c_dot = -of_r if c_dot is None else c_dot - of_r

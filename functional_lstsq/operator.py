@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .closures import close
 from .matrix import DTYPES
+from .transforms import double
 
 Product = Callable[[Any, Tensor], Tensor]
 
@@ -150,12 +151,7 @@ class LinearOperator:
 
     def double(self, dtype: torch.dtype) -> LinearOperator:
         """With parameters in double precision, and products of `dtype`."""
-
-        def converted(leaf: Tensor) -> Tensor:
-            number = leaf.is_floating_point() or leaf.is_complex()
-            return leaf.to(torch.promote_types(leaf.dtype, torch.float64)) if number else leaf
-
-        params = torch_pytree.tree_map(converted, self.params)
+        params = torch_pytree.tree_map(double, self.params)
         return LinearOperator(self.matvec, params, self.in_size, dtype, rmatvec=self.rmatvec)
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ and mix follow by recursion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -166,6 +166,22 @@ class Primitive(torch.autograd.Function):
     @classmethod
     def jvp_rule(cls, static: Any, inputs: tuple, outputs: tuple, tangents: tuple) -> Any:
         raise NotImplementedError
+
+
+def of_some(which: list[int], every: Sequence[Tensor], function: Callable) -> tuple[Callable, tuple[Tensor, ...]]:
+    """(`function` of the arguments `which` alone, those arguments): what a rule differentiates by."""
+
+    def moved(*chosen: Tensor) -> Any:
+        changed = dict(zip(which, chosen, strict=True))
+        return function(*(changed.get(i, tensor) for i, tensor in enumerate(every)))
+
+    return moved, tuple(every[i] for i in which)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """In double precision, if it holds real or complex numbers."""
+    number = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if number else tensor
 
 
 # Tensors of the primitives are (P, rows, k): P matrices on one pattern, k columns each; values are (P, nnz). A vmap

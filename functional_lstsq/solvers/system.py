@@ -71,7 +71,7 @@ class System:
         self.unit = EPS  # rounding of a product
         columns = operator.pattern.indices[1].expand(self.copies, -1)
         damp = None if damp is None else damp.abs()[:, None]
-        largest, squares = _column_sizes(operator.values.abs(), columns, damp, self.n)
+        largest, squares = column_sizes(operator.values.abs(), columns, damp, self.n)
         self.empty = squares == 0  # columns of zeros
         exponents = torch.frexp(largest).exponent + torch.frexp(squares.sqrt()).exponent - 1
         scale = power_of_two(exponents)
@@ -137,7 +137,7 @@ def tolerance_of(precision: float, m: int, n: int) -> float:
     return 4 * (precision + EPS * max(m, n, 1) ** 0.5)
 
 
-def _column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
     """(a (P, n), s (P, n)): the norms of the columns are a sqrt(s), where no square has under- or overflown."""
     copies = len(sizes)
     whole = sizes.amax(1, keepdim=True) if columns.shape[1] else sizes.new_zeros((copies, 1))
