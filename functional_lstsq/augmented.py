@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .holder import by_name
-from .kernel import describe_primal, solve_kernel
+from .kernel import solve_kernel
 from .products import multiply, sample
 from .result import Report
 from .transforms import (
@@ -40,6 +40,7 @@ from .transforms import (
     split_columns,
     split_matrices,
 )
+from .verdict import describe_primal
 
 
 # Not a tuple, which torch.func would take apart at every call.
@@ -73,10 +74,10 @@ class Solve(Primitive):
         token = made if token is None else token
         static, m, n = static.derivative(), static.m, static.n
         primal, minimum_norm = None, by_name(static.settings).minimum_norm
-        if needed[0] and report.shape[1]:  # which a given solver does not fill in
+        if (needed[0] or needed[1]) and report.shape[1]:  # which a given solver does not fill in
             # l_x may serve the gradient by the values alone.
-            relaxed = c is None and not needed[1]
-            primal = describe_primal(r, x, report, relaxed=relaxed)
+            relaxed = needed[0] and c is None and not needed[1]
+            primal = describe_primal(r, x, report, by_A=needed[0], by_damp=needed[1], relaxed=relaxed)
         l_r, l_x, _, _ = cls.apply(static, values, damp, r_bar, x_bar, primal, token, indices)
         values_bar = damp_bar = None
         if needed[0]:

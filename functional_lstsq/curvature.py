@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .errors import ConvergenceError
 from .holder import by_name
 from .kernel import solve_kernel
+from .lazy import lazy
 from .objective import Leaves, Objective, each
 from .products import Operator
-from .result import RANK_DEFICIENT, ConvergenceError, Report
+from .result import RANK_DEFICIENT, Report
 from .solvers import Auto
 from .solvers.system import EPS, column_sizes, dot, tolerance_of
 
@@ -49,19 +50,19 @@ class Model:
             return self
         return replace(self, values=self.values[which], root=self.root[which], d=self.d[which], token=None)
 
-    @cached_property
+    @lazy
     def A(self) -> Operator:
         """W^(1/2) J"""
         return Operator(self.objective.pattern, self.values)
 
-    @cached_property
+    @lazy
     def norms(self) -> Tensor:
         """Of the columns of W^(1/2) J, (P, n)."""
         columns = self.objective.pattern.indices[1].expand_as(self.values)
         largest, squares = column_sizes(self.values.abs(), columns, None, self.objective.pattern.shape[1])
         return largest * squares.sqrt()
 
-    @cached_property
+    @lazy
     def _sizes(self) -> Operator:
         return self.A.absolute()
 
@@ -117,14 +118,14 @@ class SmallModel(Model):
         good = torch.where(self.told.deficient[:, None], torch.nan, s)
         return Vh.mT @ ((Vh @ (c / scale)) / good[:, :, None].square()) / scale
 
-    @cached_property
+    @lazy
     def _dense(self) -> Tensor:
         m, n = self.objective.pattern.shape
         rows, columns = self.objective.pattern.indices
         flat = self.values.new_zeros((len(self.values), m * n))
         return flat.scatter_add_(1, (rows * n + columns).expand_as(self.values), self.values).view(-1, m, n)
 
-    @cached_property
+    @lazy
     def _factors(self) -> tuple[Tensor, Tensor, Tensor, Told]:
         """Singular values and right vectors of [W^(1/2) J; d] scale^-1."""
         A = self._dense
@@ -230,6 +231,7 @@ def solve_curvature(objective: Objective, c: Tensor, x: Tensor, token: Tensor | 
         raise ConvergenceError(
             f"{objective.name} found a minimum, but its derivative has an estimated relative error of {worst:.1e}, "
             f"above what is accepted, {objective.accept:.1e}; condition number of the Jacobian about "
-            f"{float(model.told.condition.max()):.1e}. Try: rescale or remove parameters that do nearly the same"
+            f"{float(model.told.condition.max()):.1e}",
+            "rescale or remove parameters that do nearly the same",
         )
     return torch.where(failed[:, None] | ~finite, torch.nan, s * size)

@@ -98,7 +98,7 @@ class _Descent:
         report, token = self._nothing() if bool(self.broken.all()) else self._judge()
         if self.objective.on_failure == "raise":
             name, point, n = self.objective.name, self.objective.point, self.objective.pattern.shape[1]
-            check_fit(report, name, point, n, self.objective.accept)
+            check_fit(report, name, point, n, self.objective.accept, can_go_on=not self.objective.linear)
         return self.state.x, torch.stack(list(report), 1), token
 
     def _approach(self, which: Tensor, close: float) -> Tensor:

@@ -6,14 +6,16 @@ with torch.func. None forms a matrix of n x n or m x m: columns are solved for i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lstsq import lstsq, run, shaped, solve
+from .lstsq import lstsq, rounded, run, shaped, solve
 from .matrix import DTYPES, SparseMatrix
 from .operator import JacobianOperator, LinearOperator
+from .pattern import SparsePattern
 from .problem import pose
 from .solvers.system import noise
 
@@ -127,7 +129,7 @@ def covariance(
     problem = pose(A, A.values.new_zeros((m, len(columns))), None, weights, None, solver, "raise", "auto", None)
     # K (r, x) = (0, c) means x = -(A^H W A)^-1 c
     c = -torch.nn.functional.one_hot(columns, n).T.to(problem.b.dtype)
-    return shaped(run(problem, "raise", c[None])[1], problem).to(problem.dtype)
+    return rounded(shaped(run(problem, "raise", c[None])[1], problem), problem, "the covariance")
 
 
 def covariance_diagonal(A: SparseMatrix | Tensor, weights: Tensor | None = None, *, solver: Any = None) -> Tensor:
@@ -203,7 +205,19 @@ def jacobian_operator(A: SparseMatrix, b: Tensor, **options: Any) -> LinearOpera
     if not isinstance(b, Tensor) or b.shape != A.shape[:1]:
         got = f"shape {tuple(b.shape)}" if isinstance(b, Tensor) else type(b).__name__
         raise ValueError(f"b must be a tensor of shape ({A.shape[0]},), got {got}")
-    return JacobianOperator(lambda values: lstsq(SparseMatrix(values, A.pattern), b, **options), A.values)
+    return JacobianOperator(_OfValues(A.pattern, b, options), A.values)
+
+
+@dataclass(frozen=True)
+class _OfValues:
+    """The solution as a function of the values, which can be pickled."""
+
+    pattern: SparsePattern
+    b: Tensor
+    options: dict[str, Any]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return lstsq(SparseMatrix(values, self.pattern), self.b, **self.options)
 
 
 def _tall(A: SparseMatrix | Tensor) -> SparseMatrix:

@@ -6,16 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .result import (
-    CONVERGED,
-    ITERATION_LIMIT,
-    NO_MINIMUM,
-    RANK_DEFICIENT,
-    STATUSES,
-    ConvergenceError,
-    RankDeficientError,
-    show,
-)
+from .errors import ITERATIONS, ConvergenceError, RankDeficientError
+from .result import CONVERGED, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT, STATUSES, show
 from .transforms import concrete
 
 
@@ -66,8 +58,8 @@ class FitInfo(NamedTuple):
         return f"FitInfo(status={self.status!r}, {', '.join(shown)})"
 
 
-def check_fit(report: FitReport, name: str, point: str, n: int, accept: float) -> None:
-    """Raise what a report of failure calls for."""
+def check_fit(report: FitReport, name: str, point: str, n: int, accept: float, *, can_go_on: bool) -> None:
+    """Raise what a report of failure calls for; `can_go_on`: the limit of iterations is the caller's own."""
     failed = report.status != CONVERGED
     if not bool(failed.any()):
         return
@@ -80,28 +72,36 @@ def check_fit(report: FitReport, name: str, point: str, n: int, accept: float) -
         cut_off = "; is the residual cut off from them, by detach or item?" if int(told.rank) == 0 else ""
         raise RankDeficientError(
             f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there need "
-            "not be the only one nearby. Try: remove or fix parameters that do nothing, or nothing of their own"
-            f"{cut_off}; another {point}"
+            f"not be the only one nearby{cut_off}",
+            "remove or fix parameters that do nothing, or nothing of their own",
+            f"another {point}",
         )
     ended = f"{name} ended after {int(told.iterations)} iterations"
     if told.status == NO_MINIMUM:
         raise ConvergenceError(
             f"{ended} at a point that is not a strict minimum{where}: along some direction the cost, {told.cost:.3e}, "
-            f"does not curve upwards. Try: another {point}, nearer to a minimum; fewer parameters; a larger threshold "
-            "of a robust loss"
+            "does not curve upwards",
+            f"another {point}, nearer to a minimum",
+            "fewer parameters",
+            "a larger threshold of a robust loss",
         )
     if told.status == ITERATION_LIMIT:
         raise ConvergenceError(
-            f"{ended}, the limit{where}, without a minimum; cost {told.cost:.3e}, optimality {told.optimality:.1e}. "
-            f"Try: raise max_iterations; another {point}; parameters of sizes of about 1"
+            f"{ended}, the limit{where}, without a minimum; cost {told.cost:.3e}, optimality {told.optimality:.1e}",
+            *([ITERATIONS] if can_go_on else []),
+            f"another {point}",
+            "parameters of sizes of about 1",
         )
     if told.condition.isnan():
         raise ConvergenceError(
-            f"{ended} at a point where the Jacobian holds NaN or infinity{where}: the residual has no derivative "
-            f"there. Try: another {point}; a residual that is smooth where the minimum may lie"
+            f"{ended} at a point where the Jacobian holds NaN or infinity{where}: the residual has no derivative there",
+            f"another {point}",
+            "a residual that is smooth where the minimum may lie",
         )
     raise ConvergenceError(
         f"{ended} with an estimated forward error of {told.forward_error:.1e}{where}, above what is accepted, "
         f"{accept:.1e}; condition number of the Jacobian about {told.condition:.1e}, optimality "
-        f"{told.optimality:.1e}. Try: rescale or remove parameters that do nearly the same; another {point}"
+        f"{told.optimality:.1e}",
+        "rescale or remove parameters that do nearly the same",
+        f"another {point}",
     )

@@ -19,10 +19,11 @@ from .losses import loss_of
 from .matrix import SparseMatrix
 from .objective import Objective
 from .pattern import SparsePattern
+from .precision import convert, double
 from .problem import check_numbers
 from .result import Solution
 from .solvers.system import noise
-from .transforms import double
+from .transforms import load_forward_mode
 
 _ENTRIES = 10**7  # of a Jacobian that is formed whole
 _SAME = 1e-4  # relative difference between a given Jacobian and the residual's that may be rounding in single precision
@@ -92,7 +93,9 @@ def gauss_newton(
     x, dtype, info, given = minimum_of(
         residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0", "residual"
     )
-    return Solution(x.to(dtype), residual(x, *given).to(dtype), info)
+    on_failure, r = "raise" if throw else "nan", residual(x, *given)
+    x, r = (convert(t, dtype, f"the derivative of {name}", on_failure) for t, name in ((x, "x"), (r, "the residual")))
+    return Solution(x, r, info)
 
 
 def minimum_of(
@@ -117,7 +120,10 @@ def minimum_of(
         if tensor.layout != torch.strided:
             raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
         check_numbers(where, tensor)
-    start, doubled = x0.detach().to(torch.float64), [double(tensor) for tensor in tensors]
+    load_forward_mode()
+    on_failure = "raise" if throw else "nan"
+    start = x0.detach().to(torch.float64)
+    doubled = [double(tensor, "the derivative by args", on_failure) for tensor in tensors]
     try:
         function, r = close(lambda x, *t: residual(x, *rebuild(t)), of_function, "args", start, *doubled)
     except RuntimeError as error:
@@ -151,7 +157,7 @@ def minimum_of(
         settings=name_of(solver, minimum_norm=False, precision=torch.finfo(dtype).eps, exact=False),
         precision=torch.finfo(dtype).eps,
         max_iterations=max_iterations,
-        on_failure="raise" if throw else "nan",
+        on_failure=on_failure,
         linear=False,
         name=name,
         start=f"{what} must be finite at {of_start}",

@@ -9,30 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import DAMP, LEAST_NORM, LEAST_NORM_BY_FACTOR, RankDeficientError
 from .holder import Holder, Settings, by_name
+from .memory import told_as_too_large
 from .pattern import SparsePattern, find_pattern
 from .products import Operator
-from .result import (
-    CONVERGED,
-    INACCURATE,
-    RANK_DEFICIENT,
-    SPOILT,
-    RankDeficientError,
-    Report,
-    check,
-    least_norm,
-    method_code,
-    remember_derivative,
-)
+from .result import CONVERGED, RANK_DEFICIENT, Report, check, method_code, remember_derivative
 from .solvers import CGLS
 from .solvers.gram import full_matching
-from .solvers.system import System, norm, power_of_two
+from .solvers.system import System, ldexp
 from .transforms import define
+from .verdict import judge_range, settle, tell_zeros
 
 # Numbers in the right-hand sides that are solved for together. Larger blocks do not fit into a cache, and lose where
 # temporaries are so large that the system hands out their memory anew each time; a sparse factor gains more than that.
 _BLOCK = 2**21
 _FACTOR_BLOCK, _FACTOR_COLUMNS = 2**24, 32
+_NOTHING = -(2**20)  # stands for the exponent of zero
 
 
 def _solve_kernel(
@@ -80,8 +73,7 @@ def solve_plainly(
     """
     copies = like.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
-    # Of an adjoint solve the other part is what the user sees.
-    forward = (b if wanted.wide else c) is None and (known is None or known.shape[1] == n)
+    forward = token is None  # derivatives are given that of the solve they are of
     b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
     c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
     start = known if known is not None and known.shape[1] == n else None
@@ -96,34 +88,48 @@ def solve_plainly(
         nothing = Report(*(torch.zeros((copies, k), dtype=torch.float64, device=like.device) for _ in Report._fields))
         nothing = nothing._replace(method=nothing.method + method_code("none"))
         return b.clone(), torch.zeros_like(c), torch.stack(list(nothing), 1), torch.zeros(1, dtype=torch.int64)
-    keeper = Holder.of(token)
-    system, factors = keeper.prepare(wanted, sum(numbers.values(), ()), damp, make)
-    parts, first = [], 0
-    with system.accepting_anything() if on_failure == "accept" else nullcontext():
-        while first < k:
-            part = slice(first, first + _width(factors, copies * (m + n), k))
-            told = None if known is None else known[:, :, part]
-            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told))
-            first = part.stop
-    r, x, report = parts[0]
-    if len(parts) > 1:
-        r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
-        report = Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
+    keeper, answer = Holder.of(token), "residual_error" if wanted.wide else "solution_error"
+    with told_as_too_large():
+        system, factors = keeper.prepare(wanted, sum(numbers.values(), ()), damp, make)
+        with system.accepting_anything() if on_failure == "accept" else nullcontext():
+            r, x, report = _solve_in_parts(system, factors, b, c, known, damp, answer if forward else None)
     if forward and wanted.precision > 1e-10:
-        report = _rounded(report, r if wanted.wide else x, "residual_error" if wanted.wide else "solution_error")
+        solution = r if wanted.wide else x
+        zero = (solution == 0).all(1)
+        report = judge_range(report, answer, solution, zero, torch.float32, system.accept)
     report = report._replace(ticket=torch.full_like(report.status, keeper.key))
     keeper.solves += 1
     if keeper.solves > 1 and on_failure != "accept":
         remember_derivative(keeper.key, float(torch.maximum(report.residual_error, report.solution_error).max()))
     if on_failure == "raise":
         by_products = not isinstance(system.A, Operator)
-        check(report, n, system.accept, wanted, by_products, lambda p: _name_columns(factors, p, wanted.wide))
+        named = lambda p: _name_columns(factors, p, wanted.wide)  # noqa: E731
+        check(report, n, system.accept, wanted, by_products, forward, named)
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         failed = failed if unknown is None else failed | unknown
         r, x = (torch.where(failed[:, None], torch.nan, part) for part in (r, x))
+    if forward:
+        report = tell_zeros(report, answer, system.accept)
     token = keeper.token() if token is None else torch.zeros(1, dtype=torch.int64)
     return r.contiguous(), x.contiguous(), torch.stack(list(report), 1), token
+
+
+def _solve_in_parts(
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, *more: Any
+) -> tuple[Tensor, Tensor, Report]:
+    """(r, x, report), some columns at a time, which bounds the memory."""
+    (copies, m, k), n = b.shape, c.shape[1]
+    parts, first = [], 0
+    while first < k:
+        part = slice(first, first + _width(factors, copies * (m + n), k))
+        told = None if known is None else known[:, :, part]
+        parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, *more))
+        first = part.stop
+    if len(parts) == 1:
+        return parts[0]
+    r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+    return r, x, Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
 
 
 def _width(factors: Any, rows: int, columns: int) -> int:
@@ -135,24 +141,33 @@ def _width(factors: Any, rows: int, columns: int) -> int:
 
 
 def _solve_block(
-    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, damp: Tensor | None, answer: str | None
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way.
 
     Args:
         known: None, a start (P, n, k), or what `describe_primal` gives.
+        answer: the error of that part of the solution which users see; None for a derivative.
     """
-    scaled = c / system.scale
-    size = torch.maximum(b.abs().amax(1, keepdim=True), scaled.abs().amax(1, keepdim=True))
-    size = power_of_two(torch.frexp(size).exponent)
+    size = torch.maximum(_exponent(b), _exponent(c, system.exponents))
+    size = torch.where(size > _NOTHING, size, 0)
+    given = [ldexp(b, -size), system.rescaled(c, -size, -1)]
     if known is not None and known.shape[1] == system.n:
-        start = known * system.scale / size
-        r, y, report = factors.solve(b / size, scaled / size, torch.where(start.isfinite(), start, 0.0))
-        known = None
-    else:
-        r, y, report = factors.solve(b / size, scaled / size)
-    r, x = r * size, y / system.scale * size
-    return r, x, _settle(system, report, r, x, b, known)
+        start, known = system.rescaled(known, -size, 1), None
+        given.append(torch.where(start.isfinite(), start, 0.0))
+    r, y, report = factors.solve(*given)
+    zeros = (r == 0).all(1), (y == 0).all(1)
+    r, x = ldexp(r, size), system.rescaled(y, size, -1)
+    for name, part, zero in (("residual_error", r, zeros[0]), ("solution_error", x, zeros[1])):
+        report = judge_range(report, name, part, zero, torch.float64, system.accept if name == answer else None)
+    return r, x, settle(system, report, r, x, b, known, damp)
+
+
+def _exponent(t: Tensor, less: Tensor | None = None) -> Tensor:
+    """(P, 1, k): the exponent of the largest number in each column of t / 2^less, `_NOTHING` where all are zero."""
+    t = t.abs().amax(1, keepdim=True) if less is None else t.abs()
+    exponents = torch.frexp(t).exponent - (0 if less is None else less)
+    return torch.where(t == 0, _NOTHING, exponents).amax(1, keepdim=True)
 
 
 def _require_matching(pattern: SparsePattern, wanted: Settings) -> None:
@@ -160,12 +175,13 @@ def _require_matching(pattern: SparsePattern, wanted: Settings) -> None:
     n, wide = pattern.shape[1], wanted.wide
     rank, unmatched = pattern.keep("matching", lambda: full_matching(pattern))
     if unmatched >= 0:
-        what = "row" if wide else "column"
+        what, other = ("row", "column") if wide else ("column", "row")
         raise RankDeficientError(
             f"A has structural rank {rank}, not full rank {n}: its pattern allows no full rank, whatever the values; "
-            f"{what} {unmatched} for one is empty or shares too few {'column' if wide else 'row'}s with others. Pass "
-            f"{least_norm(isinstance(wanted.solver, CGLS))} for the solution of least norm, or damp > 0, or remove "
-            f"such {what}s"
+            f"{what} {unmatched} for one is empty or shares too few {other}s with others",
+            LEAST_NORM_BY_FACTOR if isinstance(wanted.solver, CGLS) else LEAST_NORM,
+            DAMP,
+            f"remove such {what}s",
         )
 
 
@@ -176,78 +192,6 @@ def _name_columns(factors: Any, p: int, wide: bool) -> str:
     if len(columns) == 1:
         return f"; {what} {which} takes part in a dependence"
     return f"; {what}s {which} take part in a dependence" if columns else ""
-
-
-def _rounded(report: Report, solution: Tensor, name: str) -> Report:
-    """Claims, given that the solution will be rounded to a single precision whose range it may leave."""
-    single = torch.finfo(torch.float32)
-    lost = single.smallest_normal * single.eps * solution.shape[1] ** 0.5 / norm(solution).clamp_min(1e-300)
-    overflown = solution.abs().amax(1) > single.max
-    error = getattr(report, name) + torch.where(solution.abs().amax(1) > 0, lost, 0.0)
-    status = torch.where(overflown & (report.status == CONVERGED), float(INACCURATE), report.status)
-    return report._replace(status=status, **{name: torch.where(overflown, torch.inf, error)})
-
-
-def _settle(system: System, report: Report, r: Tensor, x: Tensor, b: Tensor, primal: Tensor | None) -> Report:
-    """The verdict on a solution, given what it is for.
-
-    Numbers that overflowed are no success, whatever the solver says. What an adjoint solve l is for is the gradient
-    -(l_r x^H + r l_x^H) at the stored entries, by the errors of l and of the `primal` (r, x):
-
-      - a gradient that these errors may spoil is refused, though l itself is right: x may be right in its norm and not
-        in those entries that the gradient needs;
-      - a gradient that they cannot spoil is accepted, though l_x is wrong: that of |residual|^2 has l_x = 0.
-
-    Args:
-        primal: see `describe_primal`.
-    """
-    if primal is not None:
-        judged, relaxed, error_of_r, error_of_x = primal[:, :4].unbind(1)
-        of_r, of_x = primal[:, 4 : 4 + system.m], primal[:, 4 + system.m :]
-        size_r = norm(r)
-        error_r = torch.where(size_r > 0, report.residual_error * size_r, 0.0)
-        error_x = torch.where(x.abs().amax(1) > 0, report.solution_error * norm(x), 0.0)
-        pattern, copies = system.A.pattern, system.copies
-        stored = Operator(pattern, of_r.new_ones((1, pattern.nnz)).expand(copies, -1))
-        first = (r.abs().square() * stored.matmul(of_x.square())).sum(1).sqrt()  # |l_r x^H| at the stored entries
-        second = (of_r.square() * stored.matmul(x.abs().square())).sum(1).sqrt()
-        # A gradient that is zero but for rounding is as right as can be.
-        zero = size_r * norm(of_r) / report.norm.clamp_min(1e-300)
-        error = error_r * norm(of_x) + error_x * norm(of_r)
-        allowed = system.accept * torch.maximum(first + second, system.accept * zero)
-        useful = (relaxed > 0) & (error <= system.accept * first)
-        useful &= error_r <= system.accept * torch.maximum(size_r, system.accept * norm(b))
-        spoilt = (judged > 0) & ~(error + error_of_x * size_r + error_of_r * norm(x) <= allowed)
-        status = torch.where(useful & (report.status == INACCURATE), float(CONVERGED), report.status)
-        status = torch.where(spoilt & (report.status == CONVERGED), float(SPOILT), status)
-        report = report._replace(status=status)
-    finite = torch.isfinite(r.sum(1)) & torch.isfinite(x.sum(1))  # without a temporary of that size
-    status = torch.where(~finite & (report.status == CONVERGED), float(INACCURATE), report.status)
-    none = ~finite | (status == RANK_DEFICIENT)
-    return report._replace(
-        status=status,
-        residual_error=torch.where(none, torch.inf, report.residual_error),
-        solution_error=torch.where(none, torch.inf, report.solution_error),
-        condition=torch.where(status == RANK_DEFICIENT, torch.inf, report.condition),
-    )
-
-
-def describe_primal(r: Tensor, x: Tensor, report: Tensor, *, relaxed: bool) -> Tensor:
-    """(P, 4 + m + n, k): what an adjoint solve is to know of the solution (r, x), in one tensor.
-
-    Whether the gradient is to be judged (without full rank there is more to it), whether it may be accepted for itself,
-    estimated errors of r and x; |r|, |x|.
-    """
-    report, r, x = report.detach(), r.detach().abs(), x.detach().abs()
-    fields = Report._fields
-    full = report[:, None, fields.index("rank")] >= x.shape[1]
-    rows = [full.to(x.dtype), torch.full_like(x[:, :1], float(relaxed))]
-    for size, name in ((r, "residual_error"), (x, "solution_error")):
-        whole = torch.linalg.vector_norm(size, dim=1, keepdim=True)
-        # In double precision, whatever the user's own, whose rounding the estimate includes.
-        error = report[:, None, fields.index(name)] - report[:, None, fields.index("rounding")]
-        rows.append(torch.where(whole > 0, error * whole, 0.0))
-    return torch.cat([*rows, r, x], 1)
 
 
 def _require_finite(derivative: bool, **numbers: tuple[Tensor | None, ...]) -> None:

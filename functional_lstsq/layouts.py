@@ -40,10 +40,20 @@ def take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
                 f"A is a torch sparse tensor (layout {A.layout}) that depends on what torch.func transforms; torch "
                 "allows that for grad and vjp of COO tensors only: make it a SparseMatrix(values, pattern) instead"
             )
-        A = A.coalesce()
+        A = _added_up(A)
         return A.values(), A.indices()
     with torch._C._DisableFuncTorch():
         return _take_apart(A)
+
+
+def _added_up(A: Tensor) -> Tensor:
+    """A COO tensor without duplicates, which are added up in double precision: 300 ones of int8 are 300, and not 44."""
+    if A.is_coalesced():
+        return A
+    dtype = A.dtype
+    if not (A.is_floating_point() or A.is_complex()):
+        return A.to(torch.float64).coalesce()
+    return A.to(torch.promote_types(dtype, torch.float64)).coalesce().to(dtype)
 
 
 def _transformations(tensor: Tensor) -> list[TransformType | None]:
@@ -58,7 +68,7 @@ def _transformations(tensor: Tensor) -> list[TransformType | None]:
 
 def _take_apart(A: Tensor) -> tuple[Tensor, Tensor]:
     if A.layout == torch.sparse_coo:
-        A = A.coalesce()
+        A = _added_up(A)
         return A.values().clone(), A.indices()  # not a view of a sparse tensor, which Dynamo could not take
     pointers, inner = (part(A) for part in _PARTS[A.layout][:2])
     outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=A.device), pointers.diff())

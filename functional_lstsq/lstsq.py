@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from .augmented import solve_augmented
+from .errors import SCALE, ConvergenceError
 from .matrix import SparseMatrix
 from .matrix_free import solve_matrix_free
 from .operator import LinearOperator
+from .precision import convert
 from .problem import Problem, pose
 from .products import sample
 from .result import Report, Solution, SolveInfo, method_code
 from .robust import fit_robustly
+from .transforms import concrete, is_traced
 
 
 def lstsq(
@@ -65,7 +68,9 @@ def lstsq(
         ConvergenceError: the estimated forward error of x, or of the residual, is above eps^(1/3) of the dtype, or that
             of a gradient by A is (a `torch.linalg.LinAlgError`). Errors are relative, except where the whole of x is
             below eps^(1/3) |b| / |A|, columns scaled, as for b orthogonal to the range: there an error of
-            eps^(2/3) |b| / |A| is accepted.
+            eps^(2/3) |b| / |A| is accepted. Also where a result or a derivative leaves the range of its dtype: where it
+            overflows, or is spoilt by numbers that are below the smallest, and hence zero.
+        TooLarge: the memory that it takes is not available (a `torch.linalg.LinAlgError` and a `MemoryError`).
 
     Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation, up
     to six where rank_deficient="minimum_norm". With `robust` a factorisation for each iteration and column of b.
@@ -88,7 +93,7 @@ def lstsq(
     if robust is not None and problem.b.numel():
         return _run_robust(problem, robust, True)[0]
     r, x, _ = run(problem, "raise")
-    return shaped(r if problem.wide else x, problem).to(problem.dtype)
+    return rounded(shaped(r if problem.wide else x, problem), problem, "x")
 
 
 def solve(
@@ -109,7 +114,7 @@ def solve(
     Args:
         throw: False returns what was reached instead of raising; `info.status` tells. Where there is no solution (rank
             deficient) x is NaN, and so are derivatives through a column that failed. Where `CGLS` failed before it
-            solved anything x is zero, with an infinite `info.forward_error`.
+            solved anything x is zero, with an infinite `info.forward_error`. `TooLarge` is raised all the same.
         The others are those of `lstsq`.
 
     Returns:
@@ -126,7 +131,7 @@ def solve(
     >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
     ('converged', True)
     """
-    problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0)
+    problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0, throw=throw)
     if robust is not None and problem.b.numel():
         return Solution(*_run_robust(problem, robust, throw))
     r, x, numbers = run(problem, "raise" if throw else "return")
@@ -146,12 +151,14 @@ def solve(
     solution = shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and weights is None
     residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
-    return Solution(solution.to(problem.dtype), residual.to(problem.dtype), info)
+    if throw and not is_residual:
+        _require_in_range("the residual b - A x", residual)
+    return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), info)
 
 
 def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, c); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
-    A, (m, n), b, damp, weights, settings, _, x0 = problem
+    A, (m, n), b, damp, weights, settings, _, x0, _ = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
     damp = None if damp is None else damp[None]
     start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
@@ -164,12 +171,31 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
     if weights is not None:
         root = weights.sqrt().to(values.dtype)[None, :, None]
         ones = values.new_ones((1, pattern.shape[1], 1))
-        values = values * sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
-        columns = root * columns
+        of_entries = sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
+        values = _weighted("A", values, of_entries)
+        columns = _weighted("b", columns, root)
     if not problem.wide:
         return solve_augmented(values[None], damp, columns, c, pattern.indices, m, n, settings, on_failure, start)
-    values = torch.conj_physical(values)
+    if values.is_complex():  # conj_physical has no rule for vmap
+        values = torch.complex(values.real, -values.imag)
     return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure)
+
+
+def _weighted(name: str, numbers: Tensor, root: Tensor) -> Tensor:
+    """Their product, refused where it overflows or becomes so small that it loses digits."""
+    product = root * numbers
+    smallest = torch.finfo(torch.float64).smallest_normal
+    lost = (product.abs() < smallest) & (product.abs() < numbers.abs()) & (root != 0)
+    _require_in_range(f"the product of {name} with the square roots of weights", product, lost)
+    return product
+
+
+def _require_in_range(name: str, result: Tensor, lost: Tensor | None = None) -> None:
+    if is_traced(result):
+        return
+    gone = not bool(concrete(result).isfinite().all()) or (lost is not None and bool(concrete(lost).any()))
+    if gone:
+        raise ConvergenceError(f"{name} leaves the range of double precision", SCALE)
 
 
 def _run_robust(problem: Problem, robust: Any, throw: bool) -> tuple[Tensor, Tensor, SolveInfo]:
@@ -193,7 +219,8 @@ def _run_robust(problem: Problem, robust: Any, throw: bool) -> tuple[Tensor, Ten
         ticket=of_columns(torch.zeros_like(code), torch.int64),
     )
     x = x[:, 0] if problem.b.ndim == 1 else x
-    return x.to(problem.dtype), (problem.b - problem.A.matmul(x)).to(problem.dtype), info
+    residual = problem.b - problem.A.matmul(x)
+    return rounded(x, problem, "x"), rounded(residual, problem, "the residual"), info
 
 
 def _start(problem: Problem, throw: bool) -> Tensor:
@@ -202,6 +229,11 @@ def _start(problem: Problem, throw: bool) -> Tensor:
         return problem.x0.reshape(problem.shape[1], -1)
     x = run(problem, "raise" if throw else "return")[1][0].detach()
     return torch.where(x.isfinite(), x, 0.0)
+
+
+def rounded(result: Tensor, problem: Problem, name: str) -> Tensor:
+    """A result in the user's precision, which its derivatives are judged by."""
+    return convert(result, problem.dtype, f"the derivative of {name}", problem.on_failure)
 
 
 def shaped(columns: Tensor, problem: Problem, single_dims: int = 1) -> Tensor:

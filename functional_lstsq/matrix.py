@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
@@ -129,9 +130,10 @@ class SparseMatrix:
 
     @staticmethod
     def from_torch(A: Tensor) -> SparseMatrix:
-        """From a torch sparse COO (duplicates are added up), CSR or CSC tensor; gradients flow back to it.
+        """From a torch sparse COO, CSR or CSC tensor; gradients flow back to it.
 
-        Works on a tensor that a function under torch.func closes over too.
+        Duplicates, which COO may have, are added up, in double precision; integers become float64. Works on a tensor
+        that a function under torch.func closes over too.
 
         >>> SparseMatrix.from_torch(torch.eye(3).to_sparse_csr())
         SparseMatrix(shape=(3, 3), nnz=3, dtype=torch.float32)
@@ -144,11 +146,15 @@ class SparseMatrix:
         values, indices = take_apart(A)
         if values.ndim != 1:
             raise ValueError(f"A must have scalar entries, got entries of shape {tuple(values.shape[1:])}")
+        if not (values.is_floating_point() or values.is_complex()):
+            values = values.to(torch.float64)
         return SparseMatrix(values, SparsePattern(indices, (A.shape[0], A.shape[1])))
 
     @staticmethod
     def from_scipy(A: scipy.sparse.sparray | scipy.sparse.spmatrix, device: torch.device | str = "cpu") -> SparseMatrix:
-        """From any SciPy sparse matrix or array; duplicates are added up, integers become float64.
+        """From any SciPy sparse matrix or array.
+
+        Duplicates are added up, in double precision; integers become float64.
 
         >>> import scipy.sparse
         >>> SparseMatrix.from_scipy(scipy.sparse.eye_array(3))
@@ -156,11 +162,17 @@ class SparseMatrix:
         """
         if not hasattr(A, "tocoo"):
             raise TypeError(f"A must be a SciPy sparse matrix, got {type(A).__name__}")
-        A = A.tocsr().tocoo()  # by way of CSR, which adds duplicates up
-        A.sum_duplicates()
-        values = torch.as_tensor(A.data)
-        values = values if values.dtype in DTYPES else values.to(torch.float64)
-        indices = torch.stack([torch.as_tensor(A.row).long(), torch.as_tensor(A.col).long()])
+        A = A.tocoo()
+        # SciPy would add integers up in their own type, by way of rows that take memory though they are empty.
+        single = A.data.dtype in (np.float32, np.complex64)
+        data = A.data.astype(np.complex128 if np.iscomplexobj(A.data) else np.float64)
+        order = np.lexsort((A.col, A.row))
+        rows, columns, data = A.row[order].astype(np.int64), A.col[order].astype(np.int64), data[order]
+        new = np.ones(len(rows), dtype=bool)
+        new[1:] = (rows[1:] != rows[:-1]) | (columns[1:] != columns[:-1])
+        data = np.add.reduceat(data, new.nonzero()[0]) if len(data) else data
+        indices = torch.from_numpy(np.stack([rows[new], columns[new]]))
+        values = torch.from_numpy(data.astype(A.data.dtype) if single else data)
         return SparseMatrix(values.to(device), SparsePattern(indices.to(device), A.shape))
 
     def __repr__(self) -> str:

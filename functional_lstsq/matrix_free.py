@@ -195,6 +195,7 @@ class _MatrixFreeSystem(System):
         self.frobenius = self.n**0.5 * size[:, 0]
         self.size = self.n**0.5 * of_A[:, 0] / unit[:, 0]
         self.scale = unit.expand(-1, self.n, -1)
+        self.lost = torch.zeros_like(size[:, :, 0], dtype=torch.bool)
         self.norms = (size / unit).expand(-1, self.n, -1)
         self.weight = torch.ones_like(self.scale)
         products = _Products(static, leaves, unit, like)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .closures import close
 from .matrix import DTYPES
-from .transforms import double
+from .precision import double
+from .transforms import load_forward_mode
 
 Product = Callable[[Any, Tensor], Tensor]
 
@@ -149,9 +150,9 @@ class LinearOperator:
         adjoint = None if self.rmatvec is None else _WeightedAdjoint(self.rmatvec)
         return LinearOperator(_Weighted(self.matvec), (self.params, root), self.in_size, self.dtype, rmatvec=adjoint)
 
-    def double(self, dtype: torch.dtype) -> LinearOperator:
-        """With parameters in double precision, and products of `dtype`."""
-        params = torch_pytree.tree_map(double, self.params)
+    def double(self, dtype: torch.dtype, on_failure: str = "raise") -> LinearOperator:
+        """With parameters in double precision, and products of `dtype`; `on_failure` as of `convert`."""
+        params = torch_pytree.tree_map(lambda leaf: double(leaf, "the derivative by params", on_failure), self.params)
         return LinearOperator(self.matvec, params, self.in_size, dtype, rmatvec=self.rmatvec)
 
     def __repr__(self) -> str:
@@ -220,6 +221,7 @@ class JacobianOperator(LinearOperator):
         if not isinstance(point, Tensor) or point.ndim != 1:
             got = f"shape {tuple(point.shape)}" if isinstance(point, Tensor) else type(point).__name__
             raise TypeError(f"point must be a tensor of shape (n,), got {got}")
+        load_forward_mode()
         super().__init__(_Push(function), point, point.shape[0], point.dtype, rmatvec=_Pull(function))
 
 

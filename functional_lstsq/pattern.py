@@ -6,13 +6,14 @@ import operator
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from .lazy import lazy
+from .process import entrance
 from .transforms import concrete
 
 Kept = TypeVar("Kept")
@@ -22,7 +23,7 @@ Kept = TypeVar("Kept")
 # what is made in inference mode could not be saved for a derivative later.
 @contextmanager
 def _plainly():
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+    with entrance, torch._C._DisableFuncTorch(), torch.inference_mode(False):
         yield
 
 
@@ -103,7 +104,7 @@ class SparsePattern:
             if lowest < 0 or highest >= size:
                 wrong = lowest if lowest < 0 else highest
                 raise ValueError(f"indices: {name} index {wrong} lies outside of shape {self.shape}")
-        rows, columns = self.indices[:, self.rows.order] if self.rows.order is not None else self.indices
+        rows, columns, _ = self._sorted
         twice = (rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1])
         if bool(twice.any()):
             k = int(twice.nonzero()[0])
@@ -120,13 +121,23 @@ class SparsePattern:
         """Device of the indices, which is where values and right-hand sides must be too."""
         return self.indices.device
 
-    @cached_property
+    @lazy
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows and columns of the entries row by row, and their places in the caller's order: of memory for entries."""
+        with _plainly():
+            return _sort(self.indices[0], self.indices[1], self.shape)
+
+    @lazy
     def rows(self) -> Orientation:
         """Compressed rows (CSR) of the pattern."""
         with _plainly():
-            return _compress(self.indices[0], self.indices[1], self.shape)
+            rows, columns, order = self._sorted
+            self.__dict__.pop("_sorted", None)  # is not needed any more
+            boundaries = torch.arange(self.shape[0] + 1, device=rows.device, dtype=rows.dtype)
+            pointers = torch.searchsorted(rows.contiguous(), boundaries)
+            return Orientation(pointers.to(rows.dtype), columns.contiguous(), order)
 
-    @cached_property
+    @lazy
     def columns(self) -> Orientation:
         """Compressed columns (CSC): the compressed rows of the transpose."""
         return self.T.rows
@@ -200,7 +211,7 @@ def find_pattern(indices: Tensor, m: int, n: int) -> SparsePattern:
     return _known.get(_key(indices, m, n)) or SparsePattern(indices, (m, n))
 
 
-def _compress(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Orientation:
+def _sort(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
     m, n = shape
     # MKL works on int32 and converts int64 anew on every product.
     dtype = torch.int32 if max(m, n, rows.numel()) < 2**31 else torch.int64
@@ -213,6 +224,4 @@ def _compress(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Orientat
         rows, by_rows = torch.sort(rows if order is None else rows[order], stable=True)
         order = by_rows if order is None else order[by_rows]
         columns = columns[order]
-    boundaries = torch.arange(m + 1, device=rows.device, dtype=dtype)
-    pointers = torch.searchsorted(rows.contiguous(), boundaries)
-    return Orientation(pointers.to(dtype), columns.contiguous(), order)
+    return rows, columns, order

@@ -12,6 +12,7 @@ from .holder import check_solver, name_of
 from .layouts import LAYOUTS
 from .matrix import DTYPES, SparseMatrix, single
 from .operator import LinearOperator
+from .precision import convert
 from .robust import check_robust
 from .solvers import CGLS, Auto, BlockJacobi
 from .transforms import concrete, is_traced, prepare_compiler
@@ -28,14 +29,16 @@ class Problem(NamedTuple):
     settings: str
     dtype: torch.dtype
     x0: Tensor | None
+    on_failure: str
 
     @property
     def wide(self) -> bool:
         return self.shape[0] < self.shape[1]
 
 
-def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Problem:
+def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0, *, throw: bool = True) -> Problem:
     """Check every argument before any work; one clear error each."""
+    on_failure = "raise" if throw else "nan"
     if torch.compiler.is_compiling():
         prepare_compiler()
     if isinstance(A, Tensor) and A.layout in LAYOUTS:
@@ -50,7 +53,7 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
     if isinstance(A, LinearOperator):
         solver = _of_operator(solver, rank_deficient, refine)
         numbers, of_A = torch_pytree.tree_leaves(A.params), A.dtype
-        A, (m, n) = A.double(torch.promote_types(of_A, torch.float64)).closed()
+        A, (m, n) = A.double(torch.promote_types(of_A, torch.float64), on_failure).closed()
     else:
         single(A, "A")
         numbers, (m, n), of_A = [A.values], A.shape, A.dtype
@@ -69,7 +72,7 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
     real = torch.float64
     if damp is not None:
         if isinstance(damp, Tensor) and damp.ndim == 0 and not damp.is_complex():
-            damp = damp.to(device=A.device, dtype=real)
+            damp = convert(damp.to(A.device), real, "the derivative by damp", on_failure)
         elif isinstance(damp, (int, float)) and not isinstance(damp, bool):
             damp = torch.zeros((), dtype=real, device=A.device) + damp  # torch.full is compiled anew for each number
         else:
@@ -81,7 +84,7 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
             raise TypeError(f"weights must be a real tensor of shape ({m},), got {got}")
         if weights.shape != (m,):
             raise ValueError(f"weights must have shape ({m},), one for each row of A, got {tuple(weights.shape)}")
-        weights = weights.to(device=A.device, dtype=real)
+        weights = convert(weights.to(A.device), real, "the derivative by weights", on_failure)
     check_solver(solver)
     if rank_deficient not in ("raise", "minimum_norm"):
         raise ValueError(f"rank_deficient must be 'raise' or 'minimum_norm', got {rank_deficient!r}")
@@ -109,9 +112,12 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0) -> Pro
     if robust is not None:
         check_robust(A, b, m, n, rank_deficient, refine)
     double = torch.promote_types(dtype, torch.float64)
-    A = A.double(double) if isinstance(A, LinearOperator) else SparseMatrix(A.values.to(double), A.pattern)
-    x0 = None if x0 is None else x0.detach().to(double)
-    return Problem(A, (m, n), b.to(double), damp, weights, settings, dtype, x0)
+    if isinstance(A, LinearOperator):
+        A = A.double(double, on_failure)
+    else:
+        A = SparseMatrix(convert(A.values, double, "the derivative by A", on_failure), A.pattern)
+    x0, b = None if x0 is None else x0.detach().to(double), convert(b, double, "the derivative by b", on_failure)
+    return Problem(A, (m, n), b, damp, weights, settings, dtype, x0, on_failure)
 
 
 def _of_operator(solver: Any, rank_deficient: str, refine: str) -> CGLS:

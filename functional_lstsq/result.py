@@ -10,16 +10,31 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from .errors import (
+    BY_FACTOR,
+    DAMP,
+    DOUBLE,
+    EXTENDED,
+    ITERATIONS,
+    LEAST_NORM,
+    LEAST_NORM_BY_FACTOR,
+    SCALE,
+    SEE,
+    ConvergenceError,
+    RankDeficientError,
+)
 from .transforms import concrete
 
-CONVERGED, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, SPOILT, NO_MINIMUM = range(6)
+CONVERGED, ZERO, INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, SPOILT, NO_MINIMUM, OUT_OF_RANGE = range(8)
 STATUSES = (
     "converged",
+    "zero but for rounding",
     "inaccurate",
     "iteration limit reached",
     "rank deficient",
     "gradient inaccurate",
     "not a strict minimum",
+    "out of range",
 )
 _methods: list[str] = []
 derivative_errors: dict[int, float] = {}  # by ticket, of the last thousand solves that were differentiated
@@ -31,14 +46,6 @@ def remember_derivative(ticket: int, error: float) -> None:
     derivative_errors[ticket] = error
     if len(derivative_errors) > 1000:
         del derivative_errors[next(iter(derivative_errors))]
-
-
-class ConvergenceError(torch.linalg.LinAlgError):
-    """The estimated forward error of a solve is larger than what the solver accepts."""
-
-
-class RankDeficientError(torch.linalg.LinAlgError):
-    """The matrix has no full rank, so that the solution is not unique and has no derivative in every direction."""
 
 
 class Report(NamedTuple):
@@ -71,14 +78,14 @@ class SolveInfo(NamedTuple):
     A NamedTuple, hence a pytree of tensors: it passes through `has_aux`, `vmap` and the like.
 
     Attributes:
-        status_code: 0 for success; `status` says it in words.
+        status_code: 0 for success, 1 for an x that is zero but for rounding (see `lstsq`); `status` says it in words.
         method_code: which method answered; `method` gives its name.
         iterations: iterations of conjugate gradients, of all refinements together.
         optimality: |A^H r - damp^2 x| / (|A| |r|), columns scaled to norm about 1. Necessary, not sufficient. NaN where
             `CGLS` failed before it solved anything. Of robust fits (method "IRLS") with the weights of the last step,
             as condition and norm are.
         forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by, except
-            where x is zero but for rounding (see `lstsq`). Infinite where there is none.
+            where x is zero but for rounding. Infinite there, and where there is no estimate.
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm about 1
             (of its rows where A is wide). Infinite without full rank; with rank_deficient="minimum_norm" the largest
             singular value over the smallest that is not zero. A lower bound where `CGLS` ran out of iterations.
@@ -171,19 +178,21 @@ for _kind in (SolveInfo, Solution):  # for torch.export
     torch_pytree._register_namedtuple(_kind, serialized_type_name=f"functional_lstsq.{_kind.__name__}")
 
 
-def least_norm(by_cgls: bool) -> str:
-    """How to ask for the solution of least norm, which CGLS cannot give."""
-    return "rank_deficient='minimum_norm'" + (" with solver=None, Direct() or Dense()" if by_cgls else "")
-
-
 def check(
-    report: Report, full: int, accept: float, wanted: Any, by_products: bool, dependent: Callable[[int], str]
+    report: Report,
+    full: int,
+    accept: float,
+    wanted: Any,
+    by_products: bool,
+    forward: bool,
+    dependent: Callable[[int], str],
 ) -> None:
     """Raise what a report of failure calls for; one host synchronisation when all is well.
 
     Args:
         wanted: the `Settings` of the solve.
         by_products: A is known by its products only.
+        forward: x was solved for, no derivative of it.
         dependent: which columns of matrix p of the batch take part in a dependence, if that is known.
     """
     failed = report.status != CONVERGED
@@ -200,24 +209,35 @@ def check(
     what, errors = "rows" if wanted.wide else "columns", (figures["residual_error"], figures["solution_error"])
     if status == RANK_DEFICIENT:
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
+        first = [LEAST_NORM_BY_FACTOR if method == "cgls" else LEAST_NORM]
         if by_products:
-            advice = "a LinearOperator allows no solution of least norm: pass"
+            first = []  # which allow none of least norm
         elif wanted.minimum_norm:
-            advice = f"method {method} cannot give the solution of least norm: pass solver=Direct() or Dense(), or"
-        else:
-            advice = f"pass {least_norm(method == 'cgls')} for the one of least norm, or"
+            first = [BY_FACTOR]
         raise RankDeficientError(
             f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
-            f"unique{dependent(p)}; {advice} damp > 0, or remove the dependent {what}"
+            f"unique{dependent(p)}",
+            *first,
+            DAMP,
+            f"remove the dependent {what}",
         )
     if status == SPOILT:
         # Extended precision takes away neither the rounding of results nor that of weighted values.
         able = wanted.exact and not wanted.extended and max(errors) > 2 * figures["rounding"]
-        advice = "refine='extended', or " if able else ""
         raise ConvergenceError(
             f"method {method} solved for the gradient by A{where}, but that gradient is so small beside the solution "
-            f"and its adjoint that their errors may spoil it (condition number about {figures['condition']:.1e}). "
-            f"Try: {advice}scale unknowns and equations to sizes of about 1"
+            f"and its adjoint that their errors may spoil it (condition number about {figures['condition']:.1e})",
+            *([EXTENDED] if able else []),
+            SCALE,
+        )
+    if status == OUT_OF_RANGE:
+        of = "x" if forward else "a derivative of x"
+        single = wanted.precision > 1e-10 and forward
+        raise ConvergenceError(
+            f"method {method} solved for {of}{where}, whose numbers leave the range of "
+            f"{'single' if single else 'double'} precision",
+            SCALE,
+            *([DOUBLE] if single else []),
         )
     found = [
         f"estimated forward error {max(errors):.1e} is above what is accepted, {accept:.1e}"
@@ -229,9 +249,10 @@ def check(
     found.append(f"condition number {'at least' if bound else 'about'} {figures['condition']:.1e}")
     if reached:
         found.append(f"optimality {figures['optimality']:.1e}")
-    first = "raise max_iterations" if status == ITERATION_LIMIT else f"rescale or remove nearly dependent {what}"
     raise ConvergenceError(
         f"method {method} ended after {int(figures['iterations'])} iterations with status '{STATUSES[status]}'{where}: "
-        f"{'; '.join(found)}; tried: {_methods[int(figures['tried'])]}. Try: {first}, or damp > 0"
-        f"{', or throw=False in solve to see how far it came' if reached else ''}"
+        f"{'; '.join(found)}; tried: {_methods[int(figures['tried'])]}",
+        ITERATIONS if status == ITERATION_LIMIT else f"rescale or remove nearly dependent {what}",
+        DAMP,
+        *([SEE] if reached else []),
     )

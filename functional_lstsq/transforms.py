@@ -7,8 +7,10 @@ and mix follow by recursion.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from .process import entrance
+
 _LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 _library = torch.library.Library("functional_lstsq", "DEF")
 
@@ -37,6 +41,7 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
     def plainly(*args: Any) -> Any:
         with ExitStack() as stack:
+            stack.enter_context(entrance)
             device = args[0].device.type
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -79,6 +84,14 @@ def constant(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@cache
+def load_forward_mode() -> None:
+    """Have torch load what its first forward derivative loads, without the deprecation that it warns itself of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad._maybe_load_decompositions()
 
 
 _in_graph: list[Callable] = []
@@ -176,12 +189,6 @@ def of_some(which: list[int], every: Sequence[Tensor], function: Callable) -> tu
         return function(*(changed.get(i, tensor) for i, tensor in enumerate(every)))
 
     return moved, tuple(every[i] for i in which)
-
-
-def double(tensor: Tensor) -> Tensor:
-    """In double precision, if it holds real or complex numbers."""
-    number = tensor.is_floating_point() or tensor.is_complex()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if number else tensor
 
 
 # Tensors of the primitives are (P, rows, k): P matrices on one pattern, k columns each; values are (P, nnz). A vmap

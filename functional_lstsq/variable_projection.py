@@ -12,6 +12,7 @@ from .fits import FitInfo
 from .gauss_newton import check_args, minimum_of
 from .lstsq import solve
 from .matrix import SparseMatrix
+from .precision import convert
 from .problem import check_numbers
 
 
@@ -105,4 +106,7 @@ def variable_projection(
     b, weights, *args_in_double = given
     # In double precision to the end: x may move much more than p.
     x, residual, _ = solve(design(p, *args_in_double), b, weights=weights, solver=solver, throw=throw)
-    return SeparableFit(p.to(dtype), x.to(dtype), residual.to(dtype), info)
+    on_failure = "raise" if throw else "nan"
+    named = (("p", p), ("x", x), ("the residual", residual))
+    p, x, residual = (convert(result, dtype, f"the derivative of {name}", on_failure) for name, result in named)
+    return SeparableFit(p, x, residual, info)

@@ -177,5 +177,9 @@ def test_single_precision_that_overflows_is_no_success():
     small = fl.SparsePattern(torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1]]), (3, 2))  # an adjoint may leave the range
     by_b = torch.func.grad(lambda b: fl.lstsq(fl.SparseMatrix(torch.full((4,), 1e-25), small), b).sum())
     assert bool(torch.isfinite(by_b(torch.full((3,), 1e-25))).all())
-    tiny = fl.solve(torch.diag(torch.tensor([1e30, 1e30])).to_sparse(), torch.tensor([1e-20, 1e-20]))
+    large, b = torch.diag(torch.tensor([1e30, 1e30])).to_sparse(), torch.tensor([1e-20, 1e-20])
+    with pytest.raises(fl.ConvergenceError, match="leave the range of single precision"):
+        fl.lstsq(large, b)
+    tiny = fl.solve(large, b, throw=False)
+    assert tiny.info.status == "out of range"
     assert tiny.info.forward_error > 0.1  # x is 1e-50, and rounded to zero

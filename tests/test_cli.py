@@ -97,17 +97,20 @@ def test_deficient_matrix(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{}/none.mtx"], "no such file"),
-        (["{}/text.mtx"], "not a Matrix Market file|as a Matrix Market file"),
+        (["{}/text.mtx"], "line 1: not a Matrix Market file"),
         (["{}/A.mtx.gz", "{}/A.mtx.gz", "-o", "{}/no/x.mtx"], "is not a folder"),
         (["{}/A.mtx.gz", "{}/short.mtx"], "has 5 rows, .* has 8"),
         (["{}/A.mtx.gz", "--damp", "-1"], "damp must not be negative"),
-        (["{}/A.mtx.gz", "{}/nan.mtx"], "nan.mtx holds NaN or infinity"),
+        (["{}/A.mtx.gz", "{}/nan.mtx"], "nan.mtx, line .: value must be finite, got .nan."),
         (["{}/A.mtx.gz", "-o", "{}/A.mtx.gz"], "it is an input too"),
         (["{}/A.mtx.gz", "-o", "{}/x.mtx", "--gradient", "{}/x.mtx"], "cannot write both results"),
         (["{}/A.mtx.gz", "-o", ""], "not the name of a file"),
-        (["{}"], "not a file"),
+        (["{}"], "it is a folder"),
         (["{}/empty.mtx"], "the file is empty"),
-        (["{}/huge.mtx"], "huge|memory|allocate"),
+        (["{}/huge.mtx"], "huge.mtx, line 2: 1000000000000 entries take about .* of memory"),
+        (["-", "-"], "standard input can be read once only"),
+        (["{}/A.mtx.gz", "-o", "-", "--gradient", "-"], "cannot write both results to -"),
+        (["{}/A.mtx.gz", "-o", "-", "--json"], "--json: not allowed with a result on standard output"),
         (["{}/A.mtx.gz", "{}/b.mtx", "-o", "{}"], "cannot write"),
         (["{}/A.mtx.gz", "--weights", "{}/none.mtx"], "none.mtx: no such file"),
         (["{}/A.mtx.gz", "--weights", "{}/short.mtx"], "short.mtx has 5 rows, .* has 8"),
@@ -120,7 +123,7 @@ def test_deficient_matrix(tmp_path, capsys):
         (["{}/A.mtx.gz", "--damp", "much"], "--damp: invalid float value: 'much'"),
         (["{}/A.mtx.gz", "--threshold", "2"], "add --robust huber or --robust cauchy"),
         (["{}/A.mtx.gz", "--robust", "huber", "--threshold", "-2"], "must be positive and finite, got -2"),
-        (["{}/A.mtx.gz", "--robust", "huber", "--minimum-norm"], "robust allows no --minimum-norm"),
+        (["{}/A.mtx.gz", "--robust", "huber", "--minimum-norm"], "--robust: not allowed with --minimum-norm"),
         ([], "arguments are required: A.mtx"),
     ],
 )
@@ -128,7 +131,7 @@ def test_bad_input_is_one_line_and_status_2(files, capsys, arguments, message):
     folder, *_ = files
     (folder / "text.mtx").write_text("hello")
     (folder / "empty.mtx").write_text("")
-    (folder / "huge.mtx").write_text("%%MatrixMarket matrix coordinate real general\n1000000000000 3 1\n1 1 1\n")
+    (folder / "huge.mtx").write_text("%%MatrixMarket matrix coordinate real general\n3 3 1000000000000\n1 1 1\n")
     scipy.io.mmwrite(folder / "short.mtx", np.ones((5, 1)))
     scipy.io.mmwrite(folder / "complex.mtx", 1j * np.ones((8, 1)))
     scipy.io.mmwrite(folder / "minus.mtx", -np.ones((8, 1)))

@@ -13,7 +13,7 @@ import torch
 from helpers import problem
 
 import functional_lstsq as fl
-from functional_lstsq.cli import bench, main
+from functional_lstsq.cli import bench, main, timing
 
 NAMES = ["auto", "dense", "direct", "cgls"]
 
@@ -112,7 +112,7 @@ def test_what_cannot_end_in_time_is_not_begun_or_ended(tall, capsys, monkeypatch
 
 
 def test_what_is_slow_is_called_once(tall, capsys, monkeypatch):
-    real = bench.solve
+    real = timing.solve
 
     def slow(A, b, *, solver):
         solution = real(A, b, solver=solver)
@@ -135,14 +135,14 @@ def test_what_a_process_loads_at_first_is_nobodys_time(tall):
 
 
 def test_a_gradient_that_is_refused_is_told(tall, capsys, monkeypatch):
-    real = bench.solve
+    real = timing.solve
 
     def spoilt(A, b, *, solver):
         if A.nnz > 2 and torch._C._functorch.maybe_get_level(A.values) > 0:
             raise fl.ConvergenceError("gradient inaccurate")
         return real(A, b, solver=solver)
 
-    monkeypatch.setattr(bench, "solve", spoilt)
+    monkeypatch.setattr(timing, "solve", spoilt)
     status, found = told(capsys, tall, "--repeats", "1")
     assert status == 0
     for row in found["solvers"]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, command
+from ..memory import told_as_too_large
 from . import bench, demo, info, plot, solve
-from .files import BadInput, line_of
+from .errors import BadInput, reason_of
 from .output import Output
+from .words import line_of
 
 _EXAMPLES = """\
 examples:
@@ -21,7 +23,9 @@ examples:
 
 functional-lstsq COMMAND --help has more, and the options of each.
 """
-_EXIT = "exit status: 0 done, 1 no answer that can be vouched for, 2 bad input, 130 interrupted"
+_EXIT = """\
+exit status: 0 done, also where a reader of the output ends early; 1 no answer that can be vouched for; 2 bad input, or
+a result that cannot be written; 129, 130, 143 ended by SIGHUP, SIGINT (Ctrl-C), SIGTERM, without half a file"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,10 +34,21 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(f"{message}; see {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse would say nothing of a full disk.
+        if message:
+            print(message, end="", file=file or sys.stdout, flush=True)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None and command.is_running():
+        command.begin()
+        return command.watched(lambda: _main(sys.argv[1:]))
+    return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> int:
     # Until it is parsed, whatever looks like the option is.
     out = Output(quiet="--quiet" in arguments or "-q" in arguments, json="--json" in arguments)
     try:
@@ -41,17 +56,24 @@ def main(arguments: list[str] | None = None) -> int:
         if options.quiet and options.json:  # one before the command, one behind it
             raise BadInput("argument --json: not allowed with argument -q/--quiet")
         out = Output(quiet=options.quiet, json=options.json, colour=not options.no_color)
-        status = options.run(options, out)
-        sys.stdout.flush()
+        if out.file is None and not out.quiet:
+            raise BadInput("standard output is closed, so that nothing could be told: add --quiet")
+        with told_as_too_large():
+            status = options.run(options, out)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        command.abandon(sys.stdout)
         return 0
     except KeyboardInterrupt:
         return out.error("interrupted", 130)
     except torch.linalg.LinAlgError as error:
         return out.error(line_of(error), 1)
-    except (BadInput, ValueError, TypeError, MemoryError, OSError, RuntimeError) as error:
+    except OSError as error:  # of our own output: files have told theirs
+        command.abandon(sys.stdout)
+        return out.error(f"cannot write to standard output: {reason_of(error)}", 2)
+    except (BadInput, ValueError, TypeError, MemoryError, RuntimeError) as error:
         return out.error(line_of(error), 2)
 
 
@@ -73,16 +95,16 @@ def _parser() -> _Parser:
         either.add_argument("--json", action="store_true", help="print one JSON object, null for what is not finite")
         place.add_argument("--no-color", action="store_true", help="no colour, as with NO_COLOR set or into a pipe")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (solve, info, plot, bench, demo):
+    for module in (solve, info, plot, bench, demo):
         job = commands.add_parser(
-            command.NAME,
-            help=command.HELP,
-            description=command.__doc__,
-            epilog=f"examples:\n{command.EXAMPLES}\n{_EXIT}",
+            module.NAME,
+            help=module.HELP,
+            description=module.__doc__,
+            epilog=f"examples:\n{module.EXAMPLES}\n{_EXIT}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             parents=[common],
         )
-        command.add_arguments(job)
-        job.set_defaults(run=command.run)
+        module.add_arguments(job)
+        job.set_defaults(run=module.run)
     return parser

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import CGLS, Auto, Dense, Direct, RankDeficientError, SparseMatrix, SparsePattern, solve
-from ..solvers.direct import TooLarge
+from .. import CGLS, Auto, Dense, Direct, RankDeficientError, SparseMatrix, SparsePattern, TooLarge, solve
 from .demo import levelling_network
-from .files import line_of, read_matrix, read_right
+from .files import read_matrix, read_right
 from .output import Output, worst
 from .plot import positive
+from .timing import gradient, warm_up
+from .words import line_of
+from .writing import check_outputs
 
 NAME, HELP = "bench", "time the solvers on a matrix, with their errors"
 EXAMPLES = """\
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     calls = len(contestants) * (1 + 2 * options.repeats)
     with tqdm(total=calls, desc="timing", unit=" call", disable=True if out.quiet else None, leave=False) as bar:
         for contestant in contestants:
-            _warm_up(contestant.solver)
+            warm_up(contestant.solver)
             contestant.begin(A, b, options.limit)
             bar.update()
         live = [contestant for contestant in contestants if contestant.repeatable]
@@ -83,22 +85,13 @@ def run(options: argparse.Namespace, out: Output) -> int:
 def _problem(options: argparse.Namespace) -> tuple[SparseMatrix, Tensor]:
     """What is to be solved: the files, or a made network whose weights are multiplied in."""
     if options.matrix:
+        check_outputs([options.matrix, options.right], [])
         A = read_matrix(options.matrix)
-        return A, read_right(options.right, A, options.matrix)
+        b = read_right(options.right, A, options.matrix)
+        return A, A @ torch.ones(A.shape[1], dtype=A.dtype) if b is None else b
     pattern, values, measured, weights = levelling_network(_STATIONS, _LINES)
     root = weights.sqrt()
     return SparseMatrix(values * root[pattern.indices[0]], pattern), root * measured
-
-
-def _gradient(A: SparseMatrix, b: Tensor, solver: Any) -> None:
-    """Of the sum of the solution, by A and by b; the solution with it."""
-    torch.func.grad(lambda A, b: solve(A, b, solver=solver).x.sum().real, argnums=(0, 1))(A, b)
-
-
-def _warm_up(solver: Any) -> None:
-    """What a process loads at its first gradient takes seconds, and belongs to no solver."""
-    pattern = SparsePattern(torch.tensor([[0, 1], [0, 0]]), (2, 1))
-    _gradient(SparseMatrix(torch.ones(2, dtype=torch.float64), pattern), torch.ones(2, dtype=torch.float64), solver)
 
 
 def _solvers() -> dict[str, Callable[[CGLS], Any]]:
@@ -156,7 +149,7 @@ class _Contestant:
         self.solves.append(time.perf_counter() - start)
         start = time.perf_counter()
         try:
-            _gradient(A, b, self.solver)
+            gradient(A, b, self.solver)
         except torch.linalg.LinAlgError as error:  # the solution may be good and its gradient not
             self.reason = line_of(error)
         else:

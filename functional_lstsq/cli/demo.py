@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import SparseMatrix, SparsePattern, lstsq, solve
 from .output import Output, described, figures
+from .timing import warm_up
 
 NAME, HELP = "demo", "make a levelling network, solve it, differentiate it, check the gradient"
 EXAMPLES = """\
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     pattern, values, measured, weights = levelling_network(stations, lines)
     A = SparseMatrix(values, pattern)
     out.line(f"A levelling network: {stations} heights from {lines} measured differences and one datum, by weights.\n")
+    warm_up(None)
     start = time.perf_counter()
     solution = solve(A, measured, weights=weights)
     told = figures(A, measured, solution, time.perf_counter() - start)

@@ -1,102 +1,57 @@
-"""Matrix Market files in and out; what cannot be used is one line that says what it is and what was wanted."""
+"""Matrices, right-hand sides and weights out of Matrix Market files; what cannot be used is one line that says why."""
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import scipy.io
 import scipy.sparse
 import torch
 from torch import Tensor
 
-from .. import SparseMatrix
+from .. import SparseMatrix, SparsePattern
+from ..memory import available_bytes
+from .errors import BadInput
+from .matrix_market import MatrixMarket, read
 
-# What the library advises, in the words of the command line.
-_WORDS = {
-    "rank_deficient='minimum_norm'": "--minimum-norm",
-    "refine='extended'": "--refine extended",
-    "solver=Direct()": "--solver direct",
-    "solver=Dense()": "--solver dense",
-    "solver=CGLS(), or raise memory": "--solver cgls",
-    "raise max_iterations": "--solver direct",
-    ", or throw=False in solve to see how far it came": "",
-    "damp > 0": "--damp D with D > 0",
-}
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used; the message is one line."""
-
-
-def line_of(error: Exception) -> str:
-    """One line, in the words of the command line."""
-    line = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else repr(error))
-    for ours, theirs in _WORDS.items():
-        line = line.replace(ours, theirs)
-    return line
-
-
-def check_outputs(inputs: list[str | None], outputs: list[str | None]) -> None:
-    """Refuse before any work what could not be written after it, or would overwrite what is needed."""
-    needed = {Path(name).resolve() for name in inputs if name}
-    wanted = [name for name in outputs if name is not None]
-    for name in wanted:
-        path = Path(name)
-        if not name or path.is_dir():
-            raise BadInput(f"cannot write {name!r}: not the name of a file")
-        if not path.parent.is_dir():
-            raise BadInput(f"cannot write {path}: {path.parent} is not a folder")
-        if path.resolve() in needed:
-            raise BadInput(f"cannot write {path}: it is an input too")
-    if len({Path(name).resolve() for name in wanted}) < len(wanted):
-        raise BadInput(f"cannot write both results to {wanted[0]}")
-
-
-def read(name: str) -> Any:
-    """The array or the sparse matrix in a Matrix Market file, plain or compressed."""
-    path = Path(name)
-    if not path.is_file():
-        raise BadInput(f"cannot read {name}: {'not a file' if path.exists() else 'no such file'}")
-    if not path.stat().st_size:
-        raise BadInput(f"cannot read {name}: the file is empty")
-    try:
-        return scipy.io.mmread(name)
-    except Exception as error:  # the reader's errors are of many types
-        raise BadInput(f"cannot read {name} as a Matrix Market file: {line_of(error)}") from None
+__all__ = ["BadInput", "Compact", "compact", "matrix_of", "read_matrix", "read_right", "read_weights"]
 
 
 def read_matrix(name: str) -> SparseMatrix:
     """The matrix, in double precision."""
-    matrix = read(name)
-    A = SparseMatrix.from_scipy(matrix if scipy.sparse.issparse(matrix) else scipy.sparse.coo_array(matrix))
-    if not A.values.isfinite().all():
-        raise BadInput(f"{name} holds NaN or infinity")
-    return A.to(torch.promote_types(A.dtype, torch.float64))
+    return matrix_of(read(name))
+
+
+def matrix_of(found: MatrixMarket) -> SparseMatrix:
+    """The matrix of a file, in double precision; of an array what is not zero."""
+    rows, columns, values = found.rows, found.columns, found.values
+    if found.format == "array":
+        rows, columns, values = (part[values != 0] for part in (rows, columns, values))
+    return SparseMatrix.from_scipy(scipy.sparse.coo_array((values, (rows, columns)), found.shape))
 
 
 def _read_columns(name: str, A: SparseMatrix, matrix: str, *, one: bool = False) -> np.ndarray:
     """The columns, or the one column, of a number for each row of A, which was read from the file `matrix`."""
     found = read(name)
-    if found.shape[0] != A.shape[0]:
-        raise BadInput(f"{name} has {found.shape[0]} rows, {matrix} has {A.shape[0]}")
-    if not found.shape[1]:
+    m, k = found.shape
+    if m != A.shape[0]:
+        raise BadInput(f"{name} has {m} rows, {matrix} has {A.shape[0]}")
+    if not k:
         raise BadInput(f"{name} has no columns")
-    if one and found.shape[1] != 1:
-        raise BadInput(f"{name} must hold one column of weights, got {found.shape[1]}")
-    found = found.toarray() if scipy.sparse.issparse(found) else np.asarray(found)
-    if not np.isfinite(found).all():
-        raise BadInput(f"{name} holds NaN or infinity")
-    return found if np.iscomplexobj(found) else found.astype(float)
+    if one and k != 1:
+        raise BadInput(f"{name} must hold one column of weights, got {k}")
+    if 8 * m * k > available_bytes():
+        raise BadInput(f"{name}: {m} x {k} numbers do not fit into memory")
+    columns = np.zeros((m, k), dtype=found.values.dtype)
+    np.add.at(columns, (found.rows, found.columns), found.values)
+    return columns
 
 
-def read_right(name: str | None, A: SparseMatrix, matrix: str) -> Tensor:
-    """The right-hand sides, (m,) or (m, k); A times ones where there is no file."""
+def read_right(name: str | None, A: SparseMatrix, matrix: str) -> Tensor | None:
+    """The right-hand sides, (m,) or (m, k); None where there is no file."""
     if name is None:
-        return A @ torch.ones(A.shape[1], dtype=A.dtype)
-    b = torch.tensor(_read_columns(name, A, matrix))
+        return None
+    b = torch.from_numpy(_read_columns(name, A, matrix))
     return b[:, 0] if b.shape[1] == 1 else b
 
 
@@ -109,13 +64,61 @@ def read_weights(name: str | None, A: SparseMatrix, matrix: str) -> Tensor | Non
         raise BadInput(f"{name} must hold real weights, got complex ones")
     if (found < 0).any():
         raise BadInput(f"{name} must hold no negative weight, got {found.min():g}")
-    return torch.tensor(found[:, 0])
+    return torch.from_numpy(found[:, 0])
 
 
-def write(name: str, what: Any) -> None:
-    """Write a dense array or a sparse matrix; compressed, where the name ends in .gz."""
-    try:
-        with gzip.open(name, "wb") if name.endswith(".gz") else open(name, "wb") as file:
-            scipy.io.mmwrite(file, what, precision=17, symmetry="general")
-    except OSError as error:
-        raise BadInput(f"cannot write {name}: {error.strerror}") from None
+class Compact(NamedTuple):
+    """A matrix without most of its empty rows or columns, and what belongs to it.
+
+    They take no part in anything, and a file of three entries may promise a billion of them.
+
+    Attributes:
+        rows, columns: the numbers of those that are left; None for all.
+        width: the number of columns with all of them.
+    """
+
+    A: SparseMatrix
+    rows: Tensor | None
+    columns: Tensor | None
+    width: int
+
+    def of_rows(self, numbers: Tensor) -> Tensor:
+        """Those numbers of (m, ...) that belong to the rows that are left."""
+        return numbers if self.rows is None else numbers[self.rows]
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        """All of x (n, ...): zeros for columns that are left out."""
+        if self.columns is None:
+            return x
+        return x.new_zeros((self.width, *x.shape[1:])).index_copy(0, self.columns, x)
+
+
+def compact(A: SparseMatrix, *, any_rank: bool = False) -> Compact:
+    """Without empty rows and columns, where at least half of them are.
+
+    Args:
+        any_rank: A needs no full rank. Otherwise a tall A loses rows only, a wide one columns, and as many stay as full
+            rank takes.
+    """
+    (m, n), width = A.shape, A.shape[1]
+    rows = columns = None
+    if any_rank or m >= n:
+        A, rows = _without_empty(A, 0, 0 if any_rank else n)
+    if any_rank or m < n:
+        A, columns = _without_empty(A, 1, 0 if any_rank else m)
+    return Compact(A, rows, columns, width)
+
+
+def _without_empty(A: SparseMatrix, dim: int, least: int) -> tuple[SparseMatrix, Tensor | None]:
+    """(A without empty rows, or columns, but at least so many of them, the numbers of those that are left)."""
+    used, places = A.pattern.indices[dim].unique(return_inverse=True)
+    count = max(len(used), least)
+    if count > A.shape[dim] // 2:
+        return A, None
+    free = torch.ones(min(A.shape[dim], 2 * count + 1), dtype=torch.bool)
+    free[used[used < len(free)]] = False
+    kept = torch.cat([used, free.nonzero()[: count - len(used), 0]]).sort().values
+    indices = A.pattern.indices.clone()
+    indices[dim] = torch.searchsorted(kept, used)[places]
+    shape = (count, A.shape[1]) if dim == 0 else (A.shape[0], count)
+    return SparseMatrix(A.values, SparsePattern(indices, shape)), kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import Solution, SparseMatrix
+from .. import Solution, SparseMatrix, command
 
 _COLOURS = {"green": 32, "yellow": 33, "red": 31}
 
@@ -28,13 +29,19 @@ class Output:
 
     def __init__(self, *, quiet: bool = False, json: bool = False, colour: bool = True):
         self.quiet, self.json, self.recorded = quiet, json, False
-        here = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.file = sys.stdout  # None where it is closed
+        command.as_json = json and not quiet
+        here = self.file is not None and self.file.isatty() and os.environ.get("TERM") != "dumb"
         self.coloured = colour and here and not os.environ.get("NO_COLOR")
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""
-        if not (self.quiet or self.json):
-            print(text)
+        if self.file is not None and not (self.quiet or self.json):
+            print(text, file=self.file)
+
+    def beside(self) -> None:
+        """From now on to standard error: a result goes to standard output."""
+        self.file, self.coloured = sys.stderr, False
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Print names and values, one pair a line."""
@@ -50,13 +57,17 @@ class Output:
     def record(self, **record: Any) -> None:
         """Print the one object that scripts read; what would be a second one is left out."""
         if self.json and not self.quiet and not self.recorded:
-            self.recorded = True
+            self.recorded, command.as_json = True, False
             print(json.dumps(_plain(record), allow_nan=False))
 
     def error(self, line: str, status: int) -> int:
         """Print an error, and give back the exit status."""
-        print(f"functional_lstsq: {line}", file=sys.stderr)
-        self.record(error=line, exit=status)
+        if command.ending:  # and what goes wrong now is that files are gone
+            return status
+        with contextlib.suppress(OSError):  # nobody is left to be told
+            if sys.stderr is not None:
+                print(f"functional_lstsq: {line}", file=sys.stderr, flush=True)
+            self.record(error=line, exit=status)
         return status
 
 

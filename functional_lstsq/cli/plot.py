@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import CGLS, SparseMatrix, solve
-from .files import BadInput, check_outputs, read_matrix, read_right
+from .errors import BadInput
+from .files import read_matrix, read_right
 from .output import Output, Progress, worst
+from .writing import check_outputs, save
 
 NAME, HELP = "plot", "draw the pattern and the convergence to PNG or SVG"
 EXAMPLES = """\
@@ -29,7 +32,7 @@ _COLOURS = {_SEARCH: "tab:orange", _SOLVE: "tab:blue"}
 
 def add_arguments(job: argparse.ArgumentParser) -> None:
     """What `plot` takes."""
-    job.add_argument("matrix", metavar="A.mtx[.gz]", help="the matrix")
+    job.add_argument("matrix", metavar="A.mtx[.gz]", help="the matrix; - for standard input")
     job.add_argument("right", metavar="b.mtx", nargs="?", help="right-hand sides, one a column (default: A times ones)")
     job.add_argument("-o", "--output", metavar="picture.png|.svg", required=True, help="the picture to write")
     job.add_argument("--pattern-only", action="store_true", help="draw the pattern and solve nothing")
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     history = None
     if not options.pattern_only:
         b = read_right(options.right, A, options.matrix)
+        b = A @ torch.ones(n, dtype=A.dtype) if b is None else b
         with Progress(out) as progress:
             history = _Watched(options.iterations, progress)
             info = solve(A, b, solver=history, throw=False).info
@@ -216,9 +220,7 @@ def _draw_history(axes: Any, history: _Watched, told: dict[str, Any]) -> None:
 def _save(figure: Any, name: str, kind: str) -> None:
     from matplotlib import rc_context
 
-    try:
-        # Text as text, and nothing that differs from one run to the next.
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "functional_lstsq"}):
-            figure.savefig(name, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    except OSError as error:
-        raise BadInput(f"cannot write {name}: {error.strerror}") from None
+    # Text as text, and nothing that differs from one run to the next.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "functional_lstsq"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        save(name, lambda file: figure.savefig(file, format=kind, dpi=150, metadata=metadata))

@@ -12,14 +12,19 @@ from torch import Tensor
 
 from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
 from .. import solve as solve_problem
-from .files import BadInput, check_outputs, read_matrix, read_right, read_weights, write
+from .errors import BadInput
+from .files import Compact, compact, read_matrix, read_right, read_weights
 from .output import Output, Progress, described, figures
+from .sources import STANDARD
+from .timing import warm_up
+from .writing import check_outputs, write
 
 NAME, HELP = "solve", "solve min |A x - b| from Matrix Market files"
 EXAMPLES = """\
   functional-lstsq solve A.mtx.gz b.mtx -o x.mtx
   functional-lstsq solve A.mtx b.mtx --weights w.mtx --gradient G.mtx  # d sum(x) / d A
   functional-lstsq solve A.mtx b.mtx --weights w.mtx --robust huber
+  curl -s URL/A.tar.gz | functional-lstsq solve - -o - > x.mtx
   functional-lstsq solve A.mtx b.mtx --minimum-norm --json | jq .forward_error
 """
 LOSSES = {"cauchy": Cauchy, "huber": Huber}
@@ -28,9 +33,9 @@ SOLVERS = ("auto", "dense", "direct", "cgls")
 
 def add_arguments(job: argparse.ArgumentParser) -> None:
     """What `solve` takes."""
-    job.add_argument("matrix", metavar="A.mtx[.gz]", help="the matrix")
+    job.add_argument("matrix", metavar="A.mtx[.gz]", help="the matrix; - for standard input")
     job.add_argument("right", metavar="b.mtx", nargs="?", help="right-hand sides, one a column (default: A times ones)")
-    job.add_argument("-o", "--output", metavar="x.mtx", help="write the solution")
+    job.add_argument("-o", "--output", metavar="x.mtx", help="write the solution; - to standard output")
     job.add_argument("--gradient", metavar="G.mtx", help="write the gradient of sum(x) by the entries of A")
     job.add_argument("--weights", metavar="w.mtx", help="weights of the squared residuals, one column: 1 / variance")
     job.add_argument("--robust", choices=sorted(LOSSES), help="a loss that is not led astray by outliers")
@@ -54,35 +59,67 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Read, solve, write, tell."""
-    check_outputs([options.matrix, options.right, options.weights], [options.output, options.gradient])
-    A = read_matrix(options.matrix)
-    b = read_right(options.right, A, options.matrix)
-    weights = read_weights(options.weights, A, options.matrix)
+    outputs = [options.output, options.gradient]
+    check_outputs([options.matrix, options.right, options.weights], outputs, json=options.json)
+    if STANDARD in outputs:
+        out.beside()
+    loss = loss_of(options)
+    whole = read_matrix(options.matrix)
+    b = read_right(options.right, whole, options.matrix)
+    weights = read_weights(options.weights, whole, options.matrix)
+    if loss is not None:
+        check_robust(options, whole, b)
+    A = compact(whole, any_rank=loss is None and (options.minimum_norm or bool(options.damp)))
+    right = A.A @ torch.ones(A.A.shape[1], dtype=whole.dtype) if b is None else A.of_rows(b)
+    settings: dict[str, Any] = {
+        "damp": options.damp,
+        "weights": None if weights is None else A.of_rows(weights),
+        "robust": loss,
+        "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
+        "refine": options.refine,
+    }
+    warm_up(solver_of(options.solver, CGLS()), derivatives=bool(options.gradient), robust=loss)
     start = time.perf_counter()
     with Progress(out) as progress:
-        settings = {
-            "damp": options.damp,
-            "weights": weights,
-            "robust": loss_of(options),
-            "solver": solver_of(options.solver, CGLS(callback=progress.step)),
-            "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
-            "refine": options.refine,
-        }
+        settings["solver"] = solver_of(options.solver, CGLS(callback=progress.step))
         if options.gradient:
-            gradient, solution = torch.func.grad(_loss, has_aux=True)(A, b, settings)
+            gradient, solution = torch.func.grad(_loss, has_aux=True)(A.A, right, settings)
         else:
-            solution = solve_problem(A, b, **settings)
-    told = figures(A, b, solution, time.perf_counter() - start)
+            solution = solve_problem(A.A, right, **settings)
+    seconds = time.perf_counter() - start
+    told = figures(whole, right if b is None else b, left_out(A, b, solution), seconds)
+    if options.damp:
+        told["rank"] = min(whole.shape)  # of the matrix with its damping, empty rows and columns too
     if options.output:
-        write(options.output, solution.x.reshape(A.shape[1], -1).numpy())
+        x = A.of_columns(solution.x)
+        write(options.output, x.reshape(x.shape[0], -1 if x.ndim == 2 else 1).numpy())
     if options.gradient:
         entries = gradient.values.resolve_conj().numpy()
-        write(options.gradient, scipy.sparse.coo_array((entries, A.pattern.indices.numpy()), A.shape))
+        write(options.gradient, scipy.sparse.coo_array((entries, whole.pattern.indices.numpy()), whole.shape))
     asked = {name: getattr(options, name) for name in ("weights", "robust", "threshold", "damp")}
     told_too = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     out.table(described(told, out) + ([("asked for", told_too)] if told_too else []))
     out.record(command=NAME, matrix=options.matrix, **told, **asked, solution=options.output, gradient=options.gradient)
     return 0
+
+
+def left_out(A: Compact, b: Tensor | None, solution: Solution) -> Solution:
+    """With the residuals of rows that were left out, which are b there."""
+    if b is None or A.rows is None:
+        return solution
+    return solution._replace(residual=b.index_copy(0, A.rows, solution.residual))
+
+
+def check_robust(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None) -> None:
+    """Refuse what a robust fit cannot do, in the words of the command line."""
+    if options.minimum_norm or options.refine != "auto":
+        other = "--minimum-norm" if options.minimum_norm else f"--refine {options.refine}"
+        raise BadInput(f"argument --robust: not allowed with {other}")
+    if A.dtype.is_complex or (b is not None and b.is_complex()):
+        raise BadInput("argument --robust: the numbers must be real, got complex ones")
+    if A.shape[0] < A.shape[1]:
+        size = f"{A.shape[0]} x {A.shape[1]}"
+        raise BadInput(f"argument --robust: the matrix must have no more columns than rows, got {size}")
 
 
 def loss_of(options: argparse.Namespace) -> Any:

@@ -9,7 +9,7 @@ serves the solve, its adjoint, every row of a Jacobian and every derivative afte
 from .auto import Auto
 from .cgls import CGLS
 from .dense import Dense
-from .direct import Direct, TooLarge
+from .direct import Direct
 from .precondition import BlockJacobi, GramFactor
 
-__all__ = ["CGLS", "Auto", "BlockJacobi", "Dense", "Direct", "GramFactor", "TooLarge"]
+__all__ = ["CGLS", "Auto", "BlockJacobi", "Dense", "Direct", "GramFactor"]

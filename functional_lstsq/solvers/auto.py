@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import TooLarge
 from ..matrix import SparseMatrix, single
+from ..memory import fits, told_as_too_large
 from ..products import Operator
 from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, method_code
 from .cgls import CGLS, Iteration
-from .dense import Dense
-from .direct import Direct, TooLarge, analyse
-from .gram import available_bytes
+from .dense import Dense, factor_bytes
+from .direct import Direct, analyse
 from .system import System, check_number
 
 _QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
@@ -65,13 +66,12 @@ class Auto:
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Chain:
         """Choose methods; the first is prepared when it is first needed."""
-        return _Chain(self.plan(system), system, minimum_norm)
+        return _Chain(self._plan_in_memory(system), system, minimum_norm)
 
     def plan(self, system: System) -> Iterator[_Step]:
         """Methods in the order to try them; what is not asked for is not thought about."""
         n, copies = system.n, system.copies
-        room = self.dense_bytes or available_bytes(system.A.device) / 2
-        dense_fits = 3 * copies * n**2 * system.A.values.element_size() <= room
+        dense_fits = fits(factor_bytes(system), self.dense_bytes, system.A.device)
         if n <= self.dense_columns and dense_fits:
             yield _Step(Dense(), _FEW_COLUMNS)
             return
@@ -90,8 +90,8 @@ class Auto:
             if not (dense_fits and analysis.fill > n**2 / 4):  # half of what there is to fill
                 flops, size = analysis.predicted
                 sparse += copies * flops / _FLOPS
-                fits = copies * size <= self.direct.room
-                choice, why = (self.direct, "") if fits else (choice, "a factor would not fit into memory")
+                within = copies * size <= self.direct.room
+                choice, why = (self.direct, "") if within else (choice, "a factor would not fit into memory")
             factor = dense if isinstance(choice, Dense) else sparse
         if choice is not None:
             if tried and factor > 4 * tried:
@@ -104,6 +104,14 @@ class Auto:
         yield _Step(self.cgls, why or "no factor", iteration)
         if n <= _QR_LIMIT and dense_fits:
             yield _Step(Dense(), "last resort")
+
+    def _plan_in_memory(self, system: System) -> Iterator[_Step]:
+        """As `plan`; what has no memory to be thought about is iterated."""
+        try:
+            with told_as_too_large():
+                yield from self.plan(system)
+        except torch.linalg.LinAlgError:
+            yield _Step(self.cgls, "A^H A could not be analysed")
 
     def predict(self, A: SparseMatrix | Tensor) -> list[Prediction]:
         """What a solve with A, a SparseMatrix or a torch sparse tensor, would try in turn, with its predicted cost.
@@ -220,13 +228,15 @@ class _Chain:
             try:
                 if index not in self.prepared and not step.too_dear(None, self.columns):
                     self.prepared = {}  # one factor at a time
-                    self.prepared[index] = step.solver.prepare(self.system, minimum_norm=self.minimum_norm)
+                    with told_as_too_large():
+                        self.prepared[index] = step.solver.prepare(self.system, minimum_norm=self.minimum_norm)
                 if step.too_dear(self.prepared.get(index), self.columns):
                     self.failures[index] = f"{said}: many right-hand sides"
                     self.first = index + 1
                     continue
-                r, y, answer = self.prepared[index].solve(b, c, start)
-            except (torch.linalg.LinAlgError, MemoryError) as error:
+                with told_as_too_large():
+                    r, y, answer = self.prepared[index].solve(b, c, start)
+            except torch.linalg.LinAlgError as error:
                 if best is None and self._step(index + 1) is None:
                     raise
                 self.failures[index] = f"{said}: {'too large' if isinstance(error, TooLarge) else 'failed'}"

@@ -188,15 +188,18 @@ class Iteration:
         threshold, errors = 1e-3 / system.n**0.5, []
         # Below it is rounding: in single precision, of nothing; in double precision, of a matrix without full rank.
         floor = 0.0 if target is system else 100 * torch.finfo(real).eps * energy_of(b, wanted)
+        # Few unknowns may all be found in one step, after which the ratio is one of rounding errors.
+        least = torch.finfo(real).eps ** 0.5 * whole if target is system else 0.0
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             missing = wanted - y
             error, energy = norm(norms * missing), energy_of(r, missing)
             gradient = gamma.sqrt() if self.given is None else norm(g / norms)
-            seen = (energy > floor) & (error > 0)
+            seen = ((energy > floor) | (target is system)) & (error > least)
             ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
             self.smallest = torch.minimum(self.smallest, ratio)
-            self.largest = torch.maximum(self.largest, torch.where(seen, gradient / energy, 0.0).to(torch.float64))
+            slope = torch.where(seen & (energy > 0), gradient / energy, 0.0)
+            self.largest = torch.maximum(self.largest, slope.to(torch.float64))
             found = error <= threshold * whole
             if target is not system and bool((self.largest > _SINGLE_CONDITION * self.smallest).any()):
                 return torch.ones_like(found)

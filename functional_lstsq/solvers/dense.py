@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import BY_CGLS, OTHER_SOLVER, SolveError, TooLarge
+from ..memory import available_bytes, fits
 from ..result import method_code
 from .factored import Factored, power
 from .system import System, check_number
@@ -53,6 +55,13 @@ class Dense:
     def prepare(self, system: System, *, minimum_norm: bool) -> _Factors:
         """Factor `system`; the result solves for any right-hand side."""
         system.accept = self.accept or system.accept
+        wanted, device = factor_bytes(system), system.A.device
+        if not fits(wanted, None, device) and wanted > available_bytes(device):
+            raise TooLarge(
+                f"method dense was not started: its factors would take about {wanted:.1e} bytes, of "
+                f"{available_bytes(device):.1e} that are available",
+                BY_CGLS,
+            )
         return _Factors(system, minimum_norm, self.orthogonal)
 
 
@@ -76,7 +85,7 @@ class _Factors(Factored):
         self.method = torch.where(doubtful, method_code("dense-qr"), method_code("dense-cholesky"))[:, None]
         if bool(doubtful.any()):
             if not orthogonal:
-                raise torch.linalg.LinAlgError("method dense-cholesky: A is too ill-conditioned for a factor of A^H A")
+                raise SolveError("method dense-cholesky: A is too ill-conditioned for a factor of A^H A", OTHER_SOLVER)
             self._decompose(doubtful.nonzero()[:, 0])
 
     def _decompose(self, which: Tensor) -> None:
@@ -109,6 +118,11 @@ class _Factors(Factored):
         if self.inverse is None:
             return torch.cholesky_solve(g, self.L)
         return self.inverse @ (self.inverse.mH @ g)
+
+
+def factor_bytes(system: System) -> int:
+    """Memory for the factors of a batch: A^H A, its factor, and one more while they are made."""
+    return 3 * system.copies * system.n**2 * system.A.values.element_size()
 
 
 def _largest(M: Tensor) -> Tensor:

@@ -17,20 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import BY_CGLS, MEMORY, OTHER_SOLVER, SolveError, TooLarge
+from ..memory import available_bytes
 from ..products import Operator
 from ..result import INACCURATE, Report, method_code
 from .factored import Factored, power
-from .gram import GramAnalysis, NotPositive, available_bytes, method_name
+from .gram import GramAnalysis, NotPositive, method_name
 from .system import System, check_number, noise
 
 _SHIFTS = (1e-14, 1e-12, 1e-10)  # relative to the squares of the norms of columns
 # Where rows are left out, what is left may have no full rank, and the Woodbury identity cancels up to 1 / shift.
 _SHIFTS_WITHOUT_ROWS = (1e-10, 1e-9)
 _BLOCKS = (8, 32, 128, 512)
-
-
-class TooLarge(torch.linalg.LinAlgError):
-    """A factor is predicted not to fit into memory; it was not started."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Direct:
     Args:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
         memory: bytes that a factor may take; None for half of what is available. A factor predicted to take more is
-            not started: `TooLarge`, a `torch.linalg.LinAlgError`.
+            not started: `TooLarge`, a `torch.linalg.LinAlgError` and a `MemoryError`.
 
     >>> import functional_lstsq as fl
     >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 1]]), (3, 2))
@@ -66,7 +64,7 @@ class Direct:
         analysis = analyse(system)
         reason = self.too_large(analysis, system.copies)
         if reason:
-            raise TooLarge(f"method {method_name()} was not started: {reason}; try solver=CGLS(), or raise memory")
+            raise TooLarge(f"method {method_name()} was not started: {reason}", BY_CGLS, MEMORY)
         return _Factors(system, analysis, minimum_norm)
 
     @property
@@ -76,11 +74,12 @@ class Direct:
 
     def too_large(self, analysis: GramAnalysis, copies: int) -> str:
         """Why a factor is not to be started; empty if it fits."""
-        room = self.room
-        wanted = analysis.bytes_before
-        if wanted <= room:
-            wanted = int(copies * analysis.predicted[1])
-        return "" if wanted <= room else f"it would take about {wanted:.1e} bytes, of {room:.1e} that it may"
+        for wanted in (lambda: analysis.bytes_before, lambda: copies * analysis.predicted[1]):
+            size = wanted()
+            room = self.room  # which the analysis, that predicts, has made smaller
+            if size > room:
+                return f"it would take about {size:.1e} bytes, of {room:.1e} that it may"
+        return ""
 
 
 def analyse(system: System) -> GramAnalysis:
@@ -174,8 +173,8 @@ class _Block:
                 break
             except NotPositive:
                 if shift == shifts[-1]:
-                    raise torch.linalg.LinAlgError(
-                        f"method {method_name()} could not factor A^H A + {shift:g}; try another solver"
+                    raise SolveError(
+                        f"method {method_name()} could not factor A^H A + {shift:g}", OTHER_SOLVER
                     ) from None
         # Singular values below this are too much changed by the shift to be left to the iteration.
         self.threshold = (30 * shift) ** 0.5
@@ -203,9 +202,10 @@ class _Block:
         found = self.invert(self.A.adjoint(self.A.matmul(v[None]))[0] + diagonal * v)
         error = (torch.linalg.vector_norm(found - v, dim=0) / torch.linalg.vector_norm(v, dim=0)).max()
         if not bool(error < 0.01 / len(v) ** 0.5):
-            raise torch.linalg.LinAlgError(
+            raise SolveError(
                 f"method {method_name()}: without its {len(self.inner)} rows with most entries, which would fill the "
-                "factor, A is too far from full rank; try another solver"
+                "factor, A is too far from full rank",
+                OTHER_SOLVER,
             )
 
     def apply(self, g: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..result import RANK_DEFICIENT, Report
 from .conjugate import Run, cgls
-from .extended import Pair, Single
+from .extended import EPS_EXTENDED, Pair, Single
 from .refine import Refined, refine, report
 from .system import EPS, System, dot, noise, norm
 
@@ -155,6 +155,9 @@ class Factored:
             null = whole.high / system.scale
         self.null = torch.where(lost, torch.linalg.qr(null).Q, 0.0)
         self.null_slip = moved / system.scale + EPS * self.null * noise(self.null)
+        if exact:  # slices of Z end there, whatever D^-1 makes of it
+            cut = EPS_EXTENDED * (self.null * system.scale).abs().amax(1, keepdim=True) / system.scale
+            self.null_slip = self.null_slip + cut * noise(cut)
 
 
 def power(apply, system: System) -> Tensor:

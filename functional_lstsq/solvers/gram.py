@@ -7,7 +7,7 @@ SuperLU in symmetric mode where it does not.
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,11 @@ from scipy.sparse.csgraph import maximum_bipartite_matching, reverse_cuthill_mck
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
+from ..errors import OTHER_SOLVER, SolveError
+from ..gram_pattern import GramPattern, gram_pattern
+from ..lazy import lazy
 from ..pattern import SparsePattern
-from ..products import Operator
+from ..process import pool_of
 
 try:
     import rslab
@@ -30,6 +33,8 @@ _HEAVY_ROW = 100  # entries at least of such a row
 _HEAVY_WORK = 1e7  # multiplications of heavy rows that can be afforded
 _ENTRY_BYTES = 80  # that an entry of A^H A takes while its order is found
 _FAST_ORDERING = 2e9  # operations of a factor above which a slower, better ordering is tried
+# Entries of A^H A, and operations of a factor, below which more threads than one gain nothing (measured on two cores).
+_PARALLEL_ENTRIES, _PARALLEL_FLOPS = 1e6, 1e10
 
 
 class NotPositive(ArithmeticError):
@@ -59,53 +64,49 @@ class GramAnalysis:
         """A bound on what A^H A itself takes, known before it is formed."""
         return _ENTRY_BYTES * min(self.products, self.n**2)
 
-    @cached_property
+    @lazy
     def light(self) -> SparsePattern:
         """The pattern without its heavy rows."""
         if self.kept is None:
             return self.pattern
         return SparsePattern(self.pattern.indices[:, self.kept], self.pattern.shape)
 
-    def gram(self, values: Tensor) -> Tensor:
-        """A^H A (n, n) as torch CSR, entries in no particular order, for the values (nnz,) of one matrix."""
-        values = values if self.kept is None else values[self.kept]
-        operator = Operator(self.light, values[None])
-        return operator.columns @ operator.rows
+    @lazy
+    def _pattern(self) -> GramPattern:
+        return gram_pattern(self.light)
 
-    @cached_property
-    def _layout(self) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pointers and columns of the product as it comes; pointers and rows of its sorted lower triangle by columns,
-        the place in the product of each entry there, and where the diagonal is."""
-        dtype = torch.complex128 if self.complex_values else torch.float64
-        product = self.gram(torch.ones(self.pattern.nnz, dtype=dtype, device=self.pattern.device))
-        pointers, columns = product.crow_indices(), product.col_indices()
-        rows = np.repeat(np.arange(self.n), np.diff(pointers.cpu().numpy()))
-        i, j = columns.cpu().numpy().astype(np.int64), rows  # by symmetry, row j of it holds column j
-        source = np.arange(len(i))
-        lower = i >= j
-        i, j, source = i[lower], j[lower], source[lower]
+    def _gram(self, values: Tensor) -> Tensor:
+        """The lower triangle of A^H A (entries,), column by column, for the values (nnz,) of one matrix."""
+        return self._pattern.values(values if self.kept is None else values[self.kept])
+
+    @lazy
+    def _layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Pointers and rows, by columns, of the lower triangle of the real matrix that is factored; for each of its
+        entries the place among real parts, imaginary parts, their negatives and a zero; where the diagonal is."""
+        i, j = self._pattern.rows.cpu().numpy(), self._pattern.columns.cpu().numpy()
+        count = len(i)
+        source = np.arange(count)
         missing = np.setdiff1d(np.arange(self.n), i[i == j])
-        zero = len(rows) * (3 if self.complex_values else 1)  # the place of a zero behind all values
         if self.complex_values:
-            # x + iy stands for [[x, -y], [y, x]]. Row j of the product holds the conjugates of column j.
-            re, im, minus = source, source + len(rows), source + 2 * len(rows)
+            # x + iy stands for [[x, -y], [y, x]].
+            re, im, minus = source, source + count, source + 2 * count
             off = i > j
             i, j, source = (
                 np.concatenate(parts)
                 for parts in (
                     (2 * i, 2 * i + 1, 2 * i + 1, (2 * i)[off]),
                     (2 * j, 2 * j + 1, 2 * j, (2 * j + 1)[off]),
-                    (re, re, minus, im[off]),
+                    (re, re, im, minus[off]),
                 )
             )
             missing = np.concatenate([2 * missing, 2 * missing + 1])
-        i, j = np.concatenate([i, missing]), np.concatenate([j, missing])
-        source = np.concatenate([source, np.full(len(missing), zero)])
-        order = np.lexsort((i, j))
-        i, j, source = i[order], j[order], source[order]
-        size = self.size
-        starts = np.searchsorted(j, np.arange(size + 1))
-        return pointers, columns, starts, i, source, (i == j).nonzero()[0]
+        if self.complex_values or len(missing):
+            zero = count * (3 if self.complex_values else 1)
+            i, j = np.concatenate([i, missing]), np.concatenate([j, missing])
+            source = np.concatenate([source, np.full(len(missing), zero)])
+            order = np.lexsort((i, j))
+            i, j, source = i[order], j[order], source[order]
+        return np.searchsorted(j, np.arange(self.size + 1)), i, source, (i == j).nonzero()[0]
 
     @property
     def size(self) -> int:
@@ -115,26 +116,37 @@ class GramAnalysis:
     @property
     def fill(self) -> float:
         """Predicted entries of the factor, or those of A^H A where there is no rslab to tell."""
-        return len(self._layout[1]) if rslab is None else self._symbolic.factor_nnz
+        return 2 * len(self._layout[1]) if rslab is None else self._symbolic.factor_nnz
 
-    @cached_property
+    @lazy
     def _symbolic(self) -> Any:
-        _, _, starts, i, _, _ = self._layout
+        starts, i, _, _ = self._layout
         lower = csc_matrix((np.ones(len(i)), i, starts), shape=(self.size, self.size))
-        analysis = rslab.analyze(lower, path="ldlt", ordering="amf")
+        threads = pool_of(torch.get_num_threads() if len(i) > _PARALLEL_ENTRIES else 1)
+
+        def analyze(ordering: str) -> Any:
+            return _without_panic(lambda: rslab.analyze(lower, path="ldlt", ordering=ordering, threads=threads))
+
+        analysis = analyze("amf")
         if analysis.estimate_memory()["factor_flops"] > _FAST_ORDERING:
-            other = rslab.analyze(lower, path="ldlt", ordering="metis")
+            other = analyze("metis")
             if other.estimate_memory()["factor_flops"] < analysis.estimate_memory()["factor_flops"]:
                 return other
         return analysis
 
-    @cached_property
+    @property
+    def _threads(self) -> int:
+        """For a factor."""
+        large = self._symbolic.estimate_memory()["factor_flops"] > _PARALLEL_FLOPS
+        return pool_of(torch.get_num_threads() if large else 1)
+
+    @lazy
     def predicted(self) -> tuple[float, float]:
         """(operations, bytes) of a factor; a bound, that of a band factor, where there is no rslab to tell."""
         if rslab is not None:
-            plan = self._symbolic.memory_plan()
+            plan = self._symbolic.memory_plan(threads=self._threads)
             return float(self._symbolic.estimate_memory()["factor_flops"]), float(plan["peak_bytes"])
-        _, _, starts, i, _, _ = self._layout
+        starts, i, _, _ = self._layout
         lower = csc_matrix((np.ones(len(i)), i, starts), shape=(self.size, self.size))
         order = reverse_cuthill_mckee((lower + lower.T).tocsr(), symmetric_mode=True)
         place = np.empty_like(order)
@@ -152,23 +164,25 @@ class GramAnalysis:
         Raises:
             NotPositive: the shift is too small.
         """
-        pointers, columns, starts, i, source, on_diagonal = self._layout
-        product = self.gram(values)
-        numbers = product.values().clone()  # as a view of a sparse tensor it could not be taken apart
-        if not (torch.equal(product.crow_indices(), pointers) and torch.equal(product.col_indices(), columns)):
-            del self._layout, self._symbolic  # entries came in another order this time
-            raise RuntimeError("the sparse product A^H A changed its pattern between two calls with one pattern")
+        _, _, source, on_diagonal = self._layout
+        numbers = self._gram(values)
         stacked = torch.cat([numbers.real, numbers.imag, -numbers.imag] if self.complex_values else [numbers])
         data = np.append(stacked.cpu().numpy(), 0.0)[source]
         data[on_diagonal] += shift * np.repeat(diagonal, 2 if self.complex_values else 1)
+        return SparseFactor(lambda: self._numeric(data), self.complex_values)
+
+    def _numeric(self, data: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """What solves with the factor of the real matrix whose lower triangle `data` is."""
         if rslab is not None:
+            symbolic, threads = self._symbolic, self._threads
             try:
-                numeric = self._symbolic.factor(data)
+                numeric = _without_panic(lambda: symbolic.factor(data, threads=threads))
             except RuntimeError as error:
                 raise NotPositive(str(error)) from error
             if numeric.inertia[1] or numeric.inertia[2]:
                 raise NotPositive(f"inertia {numeric.inertia}")
-            return SparseFactor(numeric.solve_many, self.complex_values)
+            return numeric.solve_many
+        starts, i, _, _ = self._layout
         lower = csc_matrix((data, i, starts), shape=(self.size, self.size))
         whole = (lower + lower.T - diags(lower.diagonal())).tocsc()
         options = {"SymmetricMode": True, "DiagPivotThresh": 0.0}
@@ -178,7 +192,7 @@ class GramAnalysis:
             raise NotPositive(str(error)) from error
         if not (numeric.U.diagonal() > 0).all() or (numeric.perm_r != numeric.perm_c).any():
             raise NotPositive("a pivot is negative")
-        return SparseFactor(numeric.solve, self.complex_values)
+        return numeric.solve
 
     def heavy_rows(self, values: Tensor) -> Tensor:
         """The rows left out, as columns of a dense (n, p) tensor U: A^H A is the factored matrix and U U^H."""
@@ -190,13 +204,22 @@ class GramAnalysis:
 
 
 class SparseFactor:
-    """Solves with one factor, on the CPU whatever the device of the right-hand sides."""
+    """Solves with one factor, on the CPU whatever the device of the right-hand sides.
 
-    def __init__(self, solve, complex_values: bool):
-        self._solve, self.complex_values = solve, complex_values
+    A process that is forked makes it anew: that of its parent may wait for threads that only the parent has.
+
+    Args:
+        make: gives what solves for a real array (rows, columns).
+    """
+
+    def __init__(self, make: Callable[[], Callable[[np.ndarray], np.ndarray]], complex_values: bool):
+        self._make, self.complex_values = make, complex_values
+        self._solve, self._process = make(), os.getpid()
 
     def __call__(self, g: Tensor) -> Tensor:
         """(n, k) -> (n, k)"""
+        if self._process != os.getpid():
+            self._solve, self._process = self._make(), os.getpid()
         n, k = g.shape
         plain = torch.view_as_real(g).movedim(2, 1).reshape(2 * n, k) if self.complex_values else g
         found = torch.from_numpy(np.ascontiguousarray(self._solve(np.ascontiguousarray(plain.cpu().numpy()))))
@@ -204,34 +227,33 @@ class SparseFactor:
         return torch.view_as_complex(found.view(n, 2, k).movedim(1, 2).contiguous()) if self.complex_values else found
 
 
+def _without_panic(call: Callable[[], Any]) -> Any:
+    """`call()`; a panic of Rust, which is no Exception, as an error that other methods can follow."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise SolveError(f"method {method_name()} failed: {error}", OTHER_SOLVER) from error
+
+
 def method_name() -> str:
     """Of the backend in use."""
     return "direct-superlu" if rslab is None else "direct-rslab"
 
 
-def available_bytes(device: torch.device | None = None) -> int:
-    """Memory that can still be had; half of what the machine has where the system does not say."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 2**32
-
-
 def full_matching(pattern: SparsePattern) -> tuple[int, int]:
     """(structural rank, a column that no row can be matched to or -1), from the pattern alone."""
 
-    where = pattern.rows
-    ones = np.ones(pattern.nnz, dtype=np.int8)
-    graph = csr_matrix((ones, where.indices.cpu().numpy(), where.pointers.cpu().numpy()), shape=pattern.shape)
-    rows = maximum_bipartite_matching(graph, perm_type="row")
-    unmatched = np.flatnonzero(rows < 0)
-    return pattern.shape[1] - len(unmatched), int(unmatched[0]) if len(unmatched) else -1
+    ones, (m, n) = np.ones(pattern.nnz, dtype=np.int8), pattern.shape
+    if pattern.nnz >= max(m, n):
+        where = pattern.rows
+        graph = csr_matrix((ones, where.indices.cpu().numpy(), where.pointers.cpu().numpy()), shape=(m, n))
+        unmatched = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="row") < 0)
+        return n - len(unmatched), int(unmatched[0]) if len(unmatched) else -1
+    # Of rows and columns that have entries only, which take no more memory than these.
+    (rows, i), (columns, j) = (np.unique(part, return_inverse=True) for part in pattern.indices.cpu().numpy())
+    graph = csr_matrix((ones, (i, j)), shape=(len(rows), len(columns)))
+    matched = columns[maximum_bipartite_matching(graph, perm_type="row") >= 0]
+    gap = np.append(np.flatnonzero(matched != np.arange(len(matched))), len(matched))
+    return len(matched), int(gap[0]) if len(matched) < n else -1

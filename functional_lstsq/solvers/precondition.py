@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RankDeficientError
 from ..matrix import SparseMatrix, single
 from ..pattern import SparsePattern
-from ..products import Operator
-from ..result import RankDeficientError
+from ..products import Operator, sparse_product
 from ..transforms import concrete
 from .dense import Dense
 from .direct import Direct
@@ -73,7 +73,7 @@ class BlockJacobi:
         rows, columns = A.pattern.indices
         pairs, rows = (rows * count + group[columns]).unique(return_inverse=True)
         apart = Operator(SparsePattern(torch.stack([rows, columns]), (len(pairs), n)), A.values)
-        found = (apart.columns @ apart.rows).to_sparse_coo()
+        found = sparse_product(apart.columns, apart.rows).to_sparse_coo()
         i, j = found.indices()
         blocks = A.values.new_zeros((system.copies, count, width, width))
         blocks[i // n, group[i % n], place[i % n], place[j % n]] = found.values()
@@ -133,9 +133,7 @@ class GramFactor:
         self._factors = solver.prepare(self._system, minimum_norm=False)
         rank, full = int(self._factors.rank), self._system.n
         if rank < full:
-            raise RankDeficientError(
-                f"A has rank {rank}, not full rank {full}: pass damp > 0 to GramFactor, or another A"
-            )
+            raise RankDeficientError(f"A has rank {rank}, not full rank {full}", "damp > 0 for GramFactor", "another A")
 
     def __call__(self, g: Tensor) -> Tensor:
         """(A^H A + damp^2)^-1 g, to some digits, for g of shape (n, k)."""

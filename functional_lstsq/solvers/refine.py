@@ -16,7 +16,7 @@ from torch import Tensor
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
 from .conjugate import Run
 from .extended import EPS_EXTENDED, Pair, Single
-from .system import EPS, System, norm
+from .system import EPS, System, noise, norm
 
 _TINY = torch.finfo(torch.float64).tiny
 Number = TypeVar("Number", Single, Pair)
@@ -130,10 +130,14 @@ def refine(
         target / 64, slowest, torch.zeros_like(iterations[:, which]), first_is_all=False,
     )  # fmt: skip
     left = Errors(*(size[:, which] * (EPS_EXTENDED / EPS if system.exact else 1) for size in rounding))
+    left = _sliced(system, r_exact.high, y_exact.high, left, correct, largest, smallest)
     found = moves.plus(left)
-    old = Errors(*(size[:, which] for size in errors))
-    # Where extended precision does not get anywhere, what was there stays.
     measure = Measure(system, b, c, largest)
+    # What was there is at least as wrong as it is far from what came out now, but for the errors of that.
+    apart = measure.sizes(r_exact.high - r[:, :, which], y_exact.high - y[:, :, which])
+    seen = (torch.fmax(size[:, which], far - new) for size, far, new in zip(errors, apart, found, strict=True))
+    old = Errors(*seen)
+    # Where extended precision does not get anywhere, it stays.
     whole = measure.sizes(r_exact.high, y_exact.high)
     better = ~(measure.relative(found, whole) > measure.relative(old, whole)) & Measure.finite(found)
     r, y, iterations = r.clone(), y.clone(), iterations.clone()
@@ -180,9 +184,11 @@ def _iterate(
         else:
             rate = measure.relative(moves, before) if first_is_all else torch.ones_like(relative)
         # The first correction with exact residuals meets the errors that plain ones left, and rounds in proportion: the
-        # second may be as large. From then on corrections shrink or are the last.
+        # second may be as large, or larger where plain ones had hidden a direction. From then on corrections shrink or
+        # are the last.
         second = step == 1 and not first_is_all
-        better = active & ((rate < (10 if second else 1)) | (relative == 0) if step else torch.isfinite(relative))
+        shrinks = (rate < 1) | (relative == 0) | (relative < 1 if second else False)
+        better = active & (shrinks if step else torch.isfinite(relative))
         r, y = next_r.where(better[:, None], r), next_y.where(better[:, None], y)
         left = torch.where(better, torch.maximum(10 * rate, slowest).clamp(max=1), 1.0)
         errors = Errors(*(torch.where(active, left * move, old) for move, old in zip(moves, errors, strict=True)))
@@ -205,6 +211,31 @@ def _bound(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor, largest: 
         second = second + 2 * EPS * norm(system.d2 * y)
     shift = first / sigma + second / sigma.square()
     return Errors(first + second / sigma, shift, shift)  # of x at most that of y: all weights are at most 1
+
+
+def _sliced(
+    system: System,
+    r: Tensor,
+    y: Tensor,
+    left: Errors,
+    correct: Callable[[Tensor | None, Tensor], Run],
+    largest: Tensor,
+    smallest: Tensor,
+) -> Errors:
+    """`left`, or more where slices of r and y, which end 2^-100 below their largest entries, cut off what x is made of.
+
+    Columns of very different scales can make small entries of y the large ones of x = D^-1 y.
+    """
+    whole_r, whole_y = norm(r), norm(y)
+    bound = EPS_EXTENDED * (largest / smallest) * (whole_y + whole_r / smallest)
+    if not bool((bound > 1e-3 * EPS * norm(system.weight * y)).any()):
+        return left
+    first, second = (
+        torch.ones_like(part) * (EPS_EXTENDED * size)[:, None] for part, size in ((r, whole_y), (y, whole_r))
+    )
+    blurred = correct(first * noise(first.real), second * noise(second.real))
+    sizes = Errors(norm(blurred.r), norm(blurred.y), norm(system.weight * blurred.y))
+    return Errors(*map(torch.fmax, left, sizes))
 
 
 def _at_least(errors: Errors, first: Tensor, second: Tensor, largest: Tensor, noise: Tensor) -> Errors:
@@ -240,14 +271,17 @@ def report(
     first, second = (norm(residual) for residual in system.residuals(b, c, r, y))
     errors = _at_least(errors, first, second, largest, EPS * (norm(b) + norm(c) + norm(r) + largest * whole.y))
     # Where scales differ so much that squares of x in units of the smallest may underflow, nothing could be claimed.
-    measured = (whole.x > 2.0**-450) | (whole.y == 0)
-    accepted = (measure.relative(errors, whole) <= system.accept) & measured
+    zero_r, zero_y = (r == 0).all(1), (y == 0).all(1)
+    measured = (whole.x > 2.0**-450) | zero_y
+    accepted = (measure.relative(errors, whole) + system.precision / 2 <= system.accept) & measured
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
     slack = EPS * (norm(b) + largest * whole.y)
 
-    def claim(error: Tensor, size: Tensor) -> Tensor:
-        relative = torch.where(accepted & (size == 0), 0.0, _ratio(error, size))  # a zero that is one
+    def claim(error: Tensor, size: Tensor, zero: Tensor) -> Tensor:
+        relative = _ratio(error, size)
+        if bool(zero.any()):
+            relative = torch.where(zero & accepted, _of_zero(system, b, c, r, y), relative)
         return torch.where(measured, relative + system.precision / 2, torch.inf)
 
     return Report(
@@ -255,8 +289,8 @@ def report(
         method=method * ones,
         iterations=iterations,
         optimality=_ratio(second, largest * torch.maximum(whole.r, slack) + norm(c)),
-        residual_error=claim(errors.r, whole.r),
-        solution_error=claim(errors.x, whole.x),
+        residual_error=claim(errors.r, whole.r, zero_r),
+        solution_error=claim(errors.x, whole.x, zero_y),
         condition=largest / smallest * ones,
         rank=rank * ones,
         norm=system.frobenius * ones,
@@ -264,6 +298,16 @@ def report(
         ticket=0 * ones,
         rounding=system.precision / 2 * ones,
     )
+
+
+def _of_zero(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    """The relative error (P, k) of a solution of zeros: 0 where its gradient is but rounding, else 1.
+
+    A solver may end with zeros because its numbers were too small for their squares.
+    """
+    rounding = system.rounding(b, c, r, y)[1][:, :, : b.shape[2]]
+    other = (system.gradient(r, y, c).abs() > 16 * rounding.abs()).any(1)
+    return (other | (system.lost & ((b != 0).any(1) | (c != 0).any(1)))).to(torch.float64)
 
 
 def _ratio(size: Tensor, whole: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ scaling: van der Sluis, Numer. Math. 14, 1969.)
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..lazy import lazy
 from ..products import Operator
 from .extended import ExactResiduals
 
 EPS = torch.finfo(torch.float64).eps
 _CHUNK = 2**18  # numbers that a cache holds
+_MODERATE = 400  # exponents, of which a sum of two and those of a solution stay within the range
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -82,9 +83,24 @@ class System:
         self.frobenius = largest * norm((whole / torch.where(largest > 0, largest, 1.0))[:, :, None])
         self.norms = norms[:, :, None]  # of the scaled columns: what powers of two have left over, 1/2 to 2
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
-        self.A = Operator(operator.pattern, operator.values / scale.gather(1, columns))
+        self.given, self.A = operator.values, Operator(operator.pattern, operator.values / scale.gather(1, columns))
         self.damp = None if damp is None else (damp / scale)[:, :, None]  # d D^-1
         self.d2 = None if self.damp is None else self.damp.square()
+
+    @lazy
+    def exponents(self) -> Tensor:
+        """Those of the scale: D = 2^exponents."""
+        return torch.frexp(self.scale).exponent - 1
+
+    def rescaled(self, t: Tensor, size: Tensor, power: int) -> Tensor:
+        """D^power t 2^size for t (P, n, k), a power of 1 or -1, size (P, 1, k); nothing leaves the range half way."""
+        if self._moderate and bool((size.abs() <= _MODERATE).all()):
+            return (t * self.scale if power > 0 else t / self.scale) * power_of_two(size)
+        return ldexp(t, size + power * self.exponents)
+
+    @lazy
+    def _moderate(self) -> bool:
+        return bool((self.exponents.abs() <= _MODERATE).all())
 
     @contextmanager
     def accepting_anything(self):
@@ -95,17 +111,22 @@ class System:
         finally:
             self.accept = kept
 
-    @cached_property
+    @lazy
     def size(self) -> Tensor:
         """Frobenius norm of A alone (P, 1)."""
         return torch.linalg.vector_norm(self.A.values, dim=1, keepdim=True)
 
-    @cached_property
+    @lazy
+    def lost(self) -> Tensor:
+        """Which matrices (P, 1) have entries that became zero beside a damping or others of their columns."""
+        return ((self.A.values == 0) & (self.given != 0)).any(1, keepdim=True)
+
+    @lazy
     def magnitude(self) -> Operator:
         """|A|, entry by entry."""
         return self.A.absolute()
 
-    @cached_property
+    @lazy
     def exact_residuals(self) -> ExactResiduals:
         """As `residuals`, in twice the working precision."""
         return ExactResiduals(self)
@@ -158,6 +179,13 @@ def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) ->
 def power_of_two(exponents: Tensor) -> Tensor:
     """2^exponents in double precision, kept finite and normal."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents.clamp(-1021, 1023))
+
+
+def ldexp(t: Tensor, exponents: Tensor) -> Tensor:
+    """t 2^exponents, in two steps where a power of two would not be a number."""
+    near = exponents.clamp(-1021, 1021)
+    t = t * power_of_two(near)
+    return t if torch.equal(near, exponents) else t * power_of_two(exponents - near)
 
 
 def noise(like: Tensor, seed: int = 0) -> Tensor:

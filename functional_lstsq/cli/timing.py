@@ -1,0 +1,25 @@
+"""What is timed, and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import SparseMatrix, SparsePattern, solve
+
+
+def gradient(A: SparseMatrix, b: Tensor, solver: Any) -> None:
+    """Of the sum of the solution, by A and by b; the solution with it."""
+    torch.func.grad(lambda A, b: solve(A, b, solver=solver).x.sum().real, argnums=(0, 1))(A, b)
+
+
+def warm_up(solver: Any, *, derivatives: bool = True, robust: Any = None) -> None:
+    """Have the process load what it loads at its first solve, or gradient, which takes up to seconds."""
+    pattern = SparsePattern(torch.tensor([[0, 1], [0, 0]]), (2, 1))
+    A, b = SparseMatrix(torch.ones(2, dtype=torch.float64), pattern), torch.ones(2, dtype=torch.float64)
+    if derivatives:
+        gradient(A, b, solver)
+    else:
+        solve(A, b, solver=solver, robust=robust)
