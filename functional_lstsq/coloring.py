@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .pattern import SparsePattern
-from .solvers.system import noise
+from .solvers.numerics import noise
 
 _DIRECTIONS = 64  # that are taken together
 

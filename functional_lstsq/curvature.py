@@ -96,7 +96,7 @@ class Model:
     def _solve(self, values: Tensor, damp: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
         pattern, settings = self.objective.pattern, self.objective.settings
         m, n = pattern.shape
-        plainly = (None if t is None else t.contiguous() for t in (values, damp, b, c))
+        plainly = (None if t is None else t.contiguous() for t in (values, None, damp, b, None, c))
         _, x, report, token = solve_kernel(*plainly, None, self.token, pattern.indices, m, n, settings, "return")
         self.token = token if self.token is None else self.token
         report = Report(*report[:, :, 0].unbind(1))

@@ -18,7 +18,8 @@ from .curvature import Model, conjugate, model_at, relative
 from .fits import FitReport, check_fit
 from .objective import Leaves, Objective, each
 from .result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
-from .solvers.system import EPS, noise
+from .solvers.numerics import noise
+from .solvers.system import EPS
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20

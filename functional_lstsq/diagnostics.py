@@ -17,7 +17,7 @@ from .matrix import DTYPES, SparseMatrix
 from .operator import JacobianOperator, LinearOperator
 from .pattern import SparsePattern
 from .problem import pose
-from .solvers.system import noise
+from .solvers.numerics import noise
 
 _BLOCK = 256  # columns that are solved for together
 

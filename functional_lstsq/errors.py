@@ -20,6 +20,7 @@ ITERATIONS = "raise max_iterations"
 SEE = "throw=False in solve to see how far it came"
 MEMORY = "raise memory"
 DOUBLE = "double precision"
+SCALE_ROWS = "scale the rows of A and b to sizes of about 1"
 SCALE = "scale unknowns and equations to sizes of about 1"
 
 

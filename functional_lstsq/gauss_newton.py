@@ -22,7 +22,7 @@ from .pattern import SparsePattern
 from .precision import convert, double
 from .problem import check_numbers
 from .result import Solution
-from .solvers.system import noise
+from .solvers.numerics import noise
 from .transforms import load_forward_mode
 
 _ENTRIES = 10**7  # of a Jacobian that is formed whole

@@ -84,7 +84,8 @@ def _solve_as_given(A: Tensor, B: Tensor, lstsq: Solver, transpose_lstsq: Solver
         given = _Given(A.detach(), lstsq, transpose_lstsq, B.ndim == 1)
     static = _Static(*matrix.shape, name_of(None, False, torch.finfo(A.dtype).eps), "raise", given)
     columns = B[None] if B.ndim == 2 else B[None, :, None]
-    X = _SolveAsGiven.apply(static, matrix.values[None], None, columns, None, None, None, matrix.pattern.indices)[1][0]
+    inputs = (matrix.values[None], None, None, columns, None, None, None, None, matrix.pattern.indices)
+    X = _SolveAsGiven.apply(static, *inputs)[1][0]
     return X if B.ndim == 2 else X[:, 0]
 
 
@@ -125,7 +126,7 @@ class _SolveAsGiven(Solve):
     """K (r, x) = (b, c) by the two given solvers: y = (A^T)^+ c,  x = A^+ (b - y),  r = b - A x."""
 
     @classmethod
-    def forward(cls, static, values, damp, b, c, primal, token, indices):
+    def forward(cls, static, values, weights, damp, b, e, c, known, token, indices):
         m, n, given = static.m, static.n, static.given
         if values.shape[0] != 1:
             raise RuntimeError("a batch of matrices cannot go to a given solver; leave lstsq and transpose_lstsq out")

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from .errors import DAMP, LEAST_NORM, LEAST_NORM_BY_FACTOR, RankDeficientError
 from .holder import Holder, Settings, by_name
+from .low_parts import Weighted, low_parts
 from .memory import told_as_too_large
 from .pattern import SparsePattern, find_pattern
 from .products import Operator
 from .result import CONVERGED, RANK_DEFICIENT, Report, check, method_code, remember_derivative
 from .solvers import CGLS
 from .solvers.gram import full_matching
-from .solvers.system import System, ldexp
+from .solvers.numerics import ldexp, power_of_two
+from .solvers.system import System
 from .transforms import define
 from .verdict import judge_range, settle, tell_zeros
 
@@ -26,12 +28,17 @@ from .verdict import judge_range, settle, tell_zeros
 _BLOCK = 2**21
 _FACTOR_BLOCK, _FACTOR_COLUMNS = 2**24, 32
 _NOTHING = -(2**20)  # stands for the exponent of zero
+_LIGHT = 2.0**-40  # of the largest weight: below it a row is left to the second equation
+_UNEVEN = 1e8  # ratio of the sizes of rows
+LOW = "low"  # in the place of on_failure: what rounding has left out of a solution is asked for
 
 
 def _solve_kernel(
     values: Tensor,
+    weights: Tensor | None,
     damp: Tensor | None,
     b: Tensor | None,
+    e: Tensor | None,
     c: Tensor | None,
     known: Tensor | None,
     token: Tensor | None,
@@ -42,14 +49,79 @@ def _solve_kernel(
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, wanted = values.resolve_conj(), by_name(settings)
+    if weights is None:
+        return solve_plainly(
+            values,
+            {"values": (values,)},
+            damp,
+            b,
+            c,
+            known,
+            token,
+            m,
+            n,
+            wanted,
+            on_failure,
+            lambda: _system(values, None, damp, indices, m, n, wanted, on_failure),
+        )
+    _require_finite(token is not None, weights=(weights,))
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights must not be negative, got {float(weights.min()):g}")
+    half = _half_exponent(weights)
+    unit, scaled = half[:, :, None], ldexp(weights, -2 * half)
+    e, c = (None if t is None else ldexp(t.resolve_conj(), -2 * unit) for t in (e, c))
+    shift: Tensor | float = 0.0
+    if e is not None and on_failure != LOW:
+        # What is already weighted goes to b, divided by the weights; where those are nothing beside others, to c.
+        light = (scaled <= _LIGHT)[:, :, None]
+        shift = torch.where(light, 0.0, e / torch.where(light, 1.0, scaled[:, :, None]))
+        e = torch.where(light, e, 0.0)
+        moved = Operator(find_pattern(indices, m, n), values).adjoint(e)
+        b, c = (shift if b is None else b + shift), (-moved if c is None else c - moved)
+    elif e is not None and b is None and c is None:
+        b = torch.zeros_like(e)
+    r, x, report, token = solve_plainly(
+        values,
+        {"values": (values,), "weights": (weights,)},
+        damp,
+        b,
+        c,
+        known,
+        token,
+        m,
+        n,
+        wanted,
+        on_failure,
+        lambda: _system(
+            values, scaled, ldexp(damp, -half[:, 0]) if damp is not None else None, indices, m, n, wanted, on_failure
+        ),
+        (unit, e),
+    )
+    report[:, Report._fields.index("norm")] *= power_of_two(half)
+    return r - shift, x, report, token
 
-    def make() -> System:
-        pattern = find_pattern(indices, m, n)
-        if on_failure == "raise" and damp is None and not wanted.minimum_norm:
-            _require_matching(pattern, wanted)
-        return System(Operator(pattern, values), damp, wanted.precision, extended=wanted.extended, exact=wanted.exact)
 
-    return solve_plainly(values, {"values": (values,)}, damp, b, c, known, token, m, n, wanted, on_failure, make)
+def _system(
+    values: Tensor,
+    weights: Tensor | None,
+    damp: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    wanted: Settings,
+    on_failure: str,
+) -> System:
+    pattern = find_pattern(indices, m, n)
+    if on_failure == "raise" and damp is None and not wanted.minimum_norm:
+        _require_matching(pattern, wanted)
+    operator, precision = Operator(pattern, values), wanted.precision
+    return System(operator, damp, precision, extended=wanted.extended, exact=wanted.exact, weights=weights)
+
+
+def _half_exponent(weights: Tensor) -> Tensor:
+    """(P, 1): h for which the largest weight is about 4^h: in its units weights are at most 4."""
+    largest = weights.amax(1, keepdim=True) if weights.shape[1] else weights.new_ones((len(weights), 1))
+    return torch.where(largest > 0, torch.frexp(largest).exponent // 2, 0)
 
 
 def solve_plainly(
@@ -65,11 +137,14 @@ def solve_plainly(
     wanted: Settings,
     on_failure: str,
     make: Callable[[], System],
+    weighted: Weighted | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(r, x, report, token), of plain tensors, for the system that `make` gives and the `numbers` that it is made of.
 
     Args:
         like: (P, ...), for the dtype and the device.
+        weighted: of weighted problems the exponents h (P, 1, 1) of a unit, in whose square weights, c and e are, and
+            what b and c do not hold of e.
     """
     copies = like.shape[0]
     k = (b if b is not None else c).shape[2]  # type: ignore[union-attr]
@@ -91,8 +166,14 @@ def solve_plainly(
     keeper, answer = Holder.of(token), "residual_error" if wanted.wide else "solution_error"
     with told_as_too_large():
         system, factors = keeper.prepare(wanted, sum(numbers.values(), ()), damp, make)
+        if on_failure == LOW:
+            assert known is not None
+            unjudged = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=like.device)
+            low = low_parts(system, factors, b, c, known, weighted, always=wanted.minimum_norm)
+            return *low, unjudged, torch.zeros(1, dtype=torch.int64)
         with system.accepting_anything() if on_failure == "accept" else nullcontext():
-            r, x, report = _solve_in_parts(system, factors, b, c, known, damp, answer if forward else None)
+            more = (weighted, damp, answer if forward else None)
+            r, x, report = _solve_in_parts(system, factors, b, c, known, *more)
     if forward and wanted.precision > 1e-10:
         solution = r if wanted.wide else x
         zero = (solution == 0).all(1)
@@ -104,7 +185,8 @@ def solve_plainly(
     if on_failure == "raise":
         by_products = not isinstance(system.A, Operator)
         named = lambda p: _name_columns(factors, p, wanted.wide)  # noqa: E731
-        check(report, n, system.accept, wanted, by_products, forward, named)
+        uneven = lambda p: not by_products and _has_uneven_rows(system, p)  # noqa: E731
+        check(report, n, system.accept, wanted, by_products, forward, system.d2 is not None, named, uneven)
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         failed = failed if unknown is None else failed | unknown
@@ -116,7 +198,7 @@ def solve_plainly(
 
 
 def _solve_in_parts(
-    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, *more: Any
+    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, of_weights: Any, *more: Any
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report), some columns at a time, which bounds the memory."""
     (copies, m, k), n = b.shape, c.shape[1]
@@ -124,7 +206,10 @@ def _solve_in_parts(
     while first < k:
         part = slice(first, first + _width(factors, copies * (m + n), k))
         told = None if known is None else known[:, :, part]
-        parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, *more))
+        rest = of_weights
+        if of_weights is not None and of_weights[1] is not None:
+            rest = of_weights[0], of_weights[1][:, :, part]
+        parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, rest, *more))
         first = part.stop
     if len(parts) == 1:
         return parts[0]
@@ -141,7 +226,14 @@ def _width(factors: Any, rows: int, columns: int) -> int:
 
 
 def _solve_block(
-    system: System, factors: Any, b: Tensor, c: Tensor, known: Tensor | None, damp: Tensor | None, answer: str | None
+    system: System,
+    factors: Any,
+    b: Tensor,
+    c: Tensor,
+    known: Tensor | None,
+    weighted: Weighted | None,
+    damp: Tensor | None,
+    answer: str | None,
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report) for some of the columns, scaled to sizes of about 1 on the way.
 
@@ -160,7 +252,7 @@ def _solve_block(
     r, x = ldexp(r, size), system.rescaled(y, size, -1)
     for name, part, zero in (("residual_error", r, zeros[0]), ("solution_error", x, zeros[1])):
         report = judge_range(report, name, part, zero, torch.float64, system.accept if name == answer else None)
-    return r, x, settle(system, report, r, x, b, known, damp)
+    return r, x, settle(system, report, r, x, b, known, damp, weighted)
 
 
 def _exponent(t: Tensor, less: Tensor | None = None) -> Tensor:
@@ -185,6 +277,15 @@ def _require_matching(pattern: SparsePattern, wanted: Settings) -> None:
         )
 
 
+def _has_uneven_rows(system: System, p: int) -> bool:
+    """Whether a square matrix has rows of sizes so different that it may have full rank once they are scaled."""
+    if system.m != system.n:
+        return False
+    sizes = system.A.values[p].abs()
+    rows = sizes.new_zeros(system.m).scatter_reduce(0, system.A.pattern.indices[0], sizes, "amax")
+    return bool(rows.amax() > _UNEVEN * rows.amin()) and bool(rows.amin() > 0)
+
+
 def _name_columns(factors: Any, p: int, wide: bool) -> str:
     """Which columns are dependent, as a part of an error message."""
     columns = factors.dependent(p) if hasattr(factors, "dependent") else []
@@ -207,16 +308,17 @@ def _require_finite(derivative: bool, **numbers: tuple[Tensor | None, ...]) -> N
         raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 
-def _solve_fake(values, damp, b, c, known, token, indices, m, n, settings, on_failure):
-    copies, k = values.shape[0], (b if b is not None else c).shape[2]
+def _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure):
+    copies, k = values.shape[0], next(t for t in (b, e, c) if t is not None).shape[2]
     report = values.new_empty((copies, len(Report._fields), k), dtype=torch.float64)
     token = values.new_empty((1,), dtype=torch.int64, device="cpu")
     return values.new_empty((copies, m, k)), values.new_empty((copies, n, k)), report, token
 
 
 solve_kernel = define(
-    "solve(Tensor values, Tensor? damp, Tensor? b, Tensor? c, Tensor? known, Tensor? token, Tensor indices, SymInt m, "
-    "SymInt n, str settings, str on_failure) -> (Tensor, Tensor, Tensor, Tensor)",
+    "solve(Tensor values, Tensor? weights, Tensor? damp, Tensor? b, Tensor? e, Tensor? c, Tensor? known, "
+    "Tensor? token, Tensor indices, SymInt m, SymInt n, str settings, str on_failure) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _solve_kernel,
     _solve_fake,
 )

@@ -44,8 +44,8 @@ def lstsq(
         b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
         damp: non-negative number or 0-d real tensor, in units of A; None for no damping.
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
-            out; the derivative by a weight that is 0 is NaN. (A wide A that loses a row has no full rank: see
-            rank_deficient.)
+            out, and has an ordinary derivative by its weight. (A wide A that loses a row has no full rank, see
+            rank_deficient, and its derivative by a weight of 0 is NaN.)
         robust: `Huber()` or `Cauchy()`, of loss rho: minimises sum_i 2 rho(sqrt(weights_i) (b - A x)_i) + damp^2 |x|^2,
             for each column of b, by iteratively reweighted least squares (at most 200 steps) from x0, or from the
             solution for squares. For a real SparseMatrix, or sparse tensor, with m >= n.
@@ -54,7 +54,8 @@ def lstsq(
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
         refine: "auto" takes residuals in about twice double precision where rounding would make errors above 1e-11
             (1e-9 with `CGLS`); "extended" always does. Errors then are of the size of rounding x itself while the
-            condition number is below about 1e13, unless there are weights: rounding of weighted values stays.
+            condition number is below about 1e13. (Of a wide A, or a LinearOperator, weights are multiplied in as square
+            roots, and the rounding of that stays.)
         x0: (n,) or (n, k) as x, where iterating starts: the last solution of a training loop, say. It saves time and
             changes neither what is accepted nor any derivative; none flows through it. Only `CGLS` makes use of it,
             for m >= n.
@@ -73,8 +74,10 @@ def lstsq(
         TooLarge: the memory that it takes is not available (a `torch.linalg.LinAlgError` and a `MemoryError`).
 
     Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation, up
-    to six where rank_deficient="minimum_norm". With `robust` a factorisation for each iteration and column of b.
-    All arithmetic of a solve is in double precision; results are rounded to the dtype of the input.
+    to six where rank_deficient="minimum_norm". A tangent by A, and any derivative by damp, costs up to two more for
+    each of the solutions in it, where condition numbers above 1e3 ask for what rounding has left out of them. With
+    `robust` a factorisation for each iteration and column of b. All arithmetic of a solve is in double precision;
+    results are rounded to the dtype of the input.
 
     Source: the augmented system (Björck, Numerical Methods for Least Squares Problems, SIAM 1996, section 2.1);
     derivatives of the pseudoinverse by Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973.
@@ -149,7 +152,7 @@ def solve(
         ticket=report.ticket.to(torch.int64),
     )
     solution = shaped(r if problem.wide else x, problem)
-    is_residual = not problem.wide and weights is None
+    is_residual = not problem.wide and (problem.weights is None or isinstance(problem.A, SparseMatrix))
     residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
     if throw and not is_residual:
         _require_in_range("the residual b - A x", residual)
@@ -168,14 +171,15 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
             A, columns = A.weighted(root), root.to(columns.dtype)[None, :, None] * columns
         return solve_matrix_free(A, m, n, damp, columns, start, settings, on_failure)
     pattern, values = A.pattern, A.values
+    if not problem.wide:
+        indices, of_rows = pattern.indices, None if weights is None else weights[None]
+        return solve_augmented(values[None], damp, columns, c, indices, m, n, settings, on_failure, start, of_rows)
     if weights is not None:
         root = weights.sqrt().to(values.dtype)[None, :, None]
         ones = values.new_ones((1, pattern.shape[1], 1))
         of_entries = sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
         values = _weighted("A", values, of_entries)
         columns = _weighted("b", columns, root)
-    if not problem.wide:
-        return solve_augmented(values[None], damp, columns, c, pattern.indices, m, n, settings, on_failure, start)
     if values.is_complex():  # conj_physical has no rule for vmap
         values = torch.complex(values.real, -values.imag)
     return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure)

@@ -18,7 +18,8 @@ from torch import Tensor
 from .holder import by_name
 from .kernel import solve_plainly
 from .operator import LinearOperator, Product
-from .solvers.system import EPS, System, noise, norm, power_of_two, tolerance_of
+from .solvers.numerics import noise, power_of_two
+from .solvers.system import EPS, System, norm, tolerance_of
 from .transforms import Primitive, join_columns, join_matrices, of_some, split_columns, split_matrices
 
 _LINEAR = 1e-8  # relative deviation of products from linear ones that is taken for rounding

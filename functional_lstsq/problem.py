@@ -105,7 +105,7 @@ def pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0, *, thr
         minimum_norm=rank_deficient == "minimum_norm",
         precision=torch.finfo(dtype).eps,
         extended=refine == "extended",
-        exact=weights is None,
+        exact=weights is None or (isinstance(A, SparseMatrix) and m >= n),
         wide=True if m < n else False,  # noqa: SIM210 (to Dynamo, whose sizes are symbols, a constant)
         keep=torch.compiler.is_compiling(),
     )

@@ -7,6 +7,8 @@ Both are bilinear, and each is the derivative of the other:
     Y = A X          X_bar = A^H Y_bar     values_bar = sample(Y_bar, X)
     X = A^H Y        Y_bar = A X_bar       values_bar = sample(Y, X_bar)
     v = sample(U, W) U_bar = A(v_bar) W    W_bar = A(v_bar)^H U
+
+A product of `multiply` may be asked for exactly, where its sums cancel and what is left is what counts.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, check_invariants=False)
 
 _GRAM_ENTRIES = 2**24  # of A^H A that are formed at a time
+_CANCELLED = 0.1  # of the sum of absolute terms: a sum that is smaller than that has lost digits
 # A dense product makes so many multiplications in the time of one of a sparse product, and so many before it counts.
 _DENSE_SPEED, _SMALL = 100, 10**7
 
@@ -156,10 +159,21 @@ def _multiplications(pattern: SparsePattern) -> int:
     return int(pattern.rows.pointers.diff().long().square().sum())
 
 
-def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
+def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool, exact: bool) -> Tensor:
     operator = Operator(find_pattern(indices, m, n), values)
     X = X.resolve_conj()
-    return operator.adjoint(X) if adjoint else operator.matmul(X)
+    product = operator.adjoint(X) if adjoint else operator.matmul(X)
+    if not (exact and product.numel() and X.dtype in (torch.float64, torch.complex128)):
+        return product
+    if int((values != 0).sum(1).max()) <= 1:  # as in a whole Jacobian: no sums
+        return product
+    bound = operator.absolute()
+    terms = bound.adjoint(X.abs()) if adjoint else bound.matmul(X.abs())
+    if not bool((product.abs() < _CANCELLED * terms).any()):
+        return product
+    from .solvers.extended import multiplied_exactly  # which is made of operators
+
+    return multiplied_exactly(operator, X, adjoint)
 
 
 def _sample_kernel(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
@@ -195,7 +209,7 @@ def _sample_by_gathers(U: Tensor, W: Tensor, pattern: SparsePattern) -> Tensor:
     return total
 
 
-def _multiply_fake(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
+def _multiply_fake(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool, exact: bool) -> Tensor:
     return X.new_empty((X.shape[0], n if adjoint else m, X.shape[2]))
 
 
@@ -204,7 +218,7 @@ def _sample_fake(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tenso
 
 
 _multiply = define(
-    "multiply(Tensor values, Tensor X, Tensor indices, SymInt m, SymInt n, bool adjoint) -> Tensor",
+    "multiply(Tensor values, Tensor X, Tensor indices, SymInt m, SymInt n, bool adjoint, bool exact) -> Tensor",
     _multiply_kernel,
     _multiply_fake,
 )
@@ -219,12 +233,14 @@ class _Shape:
     m: int
     n: int
     adjoint: bool = False
+    exact: bool = False
 
 
 class _Multiply(Primitive):
     @classmethod
     def forward(cls, static: _Shape, values: Tensor, X: Tensor, indices: Tensor) -> Tensor:
-        return _multiply(values.contiguous(), X.contiguous(), indices, static.m, static.n, static.adjoint)
+        values, X = values.contiguous(), X.contiguous()
+        return _multiply(values, X, indices, static.m, static.n, static.adjoint, static.exact)
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
@@ -242,9 +258,9 @@ class _Multiply(Primitive):
         (values, X, indices), (values_dot, X_dot, _) = inputs, tangents
         terms = []
         if values_dot is not None:
-            terms.append(multiply(values_dot, X, indices, static.m, static.n, static.adjoint))
+            terms.append(cls.apply(static, values_dot, X, indices))
         if X_dot is not None:
-            terms.append(multiply(values, X_dot, indices, static.m, static.n, static.adjoint))
+            terms.append(cls.apply(static, values, X_dot, indices))
         return sum(terms[1:], terms[0])
 
     @classmethod
@@ -252,11 +268,9 @@ class _Multiply(Primitive):
         _, of_values, of_X, _ = in_dims
         size = info.batch_size
         if of_values is None:
-            return split_columns(
-                multiply(values, join_columns(X, of_X, size), indices, static.m, static.n, static.adjoint), size
-            ), 2
+            return split_columns(cls.apply(static, values, join_columns(X, of_X, size), indices), size), 2
         values, X = join_matrices(values, of_values, size), join_matrices(X, of_X, size)
-        return split_matrices(multiply(values, X, indices, static.m, static.n, static.adjoint), size), 0
+        return split_matrices(cls.apply(static, values, X, indices), size), 0
 
 
 class _Sample(Primitive):
@@ -290,15 +304,20 @@ class _Sample(Primitive):
 
 
 differentiate(
-    _multiply, lambda values, X, indices, m, n, adjoint: _Multiply.apply(_Shape(m, n, adjoint), values, X, indices)
+    _multiply,
+    lambda values, X, indices, m, n, adjoint, exact: _Multiply.apply(_Shape(m, n, adjoint, exact), values, X, indices),
 )
 differentiate(_sample, lambda U, W, indices, m, n: _Sample.apply(_Shape(m, n), U, W, indices))
 
 
 @in_graph
-def multiply(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool) -> Tensor:
-    """A X of shape (P, m, k), or A^H X of shape (P, n, k), for values (P, nnz) and X (P, n or m, k)."""
-    return _Multiply.apply(_Shape(m, n, adjoint), values, X, indices)
+def multiply(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool, exact: bool = False) -> Tensor:
+    """A X of shape (P, m, k), or A^H X of shape (P, n, k), for values (P, nnz) and X (P, n or m, k).
+
+    Args:
+        exact: sums are taken in about twice the working precision, and so are those of its tangents.
+    """
+    return _Multiply.apply(_Shape(m, n, adjoint, exact), values, X, indices)
 
 
 @in_graph

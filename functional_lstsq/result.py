@@ -19,6 +19,7 @@ from .errors import (
     LEAST_NORM,
     LEAST_NORM_BY_FACTOR,
     SCALE,
+    SCALE_ROWS,
     SEE,
     ConvergenceError,
     RankDeficientError,
@@ -185,7 +186,9 @@ def check(
     wanted: Any,
     by_products: bool,
     forward: bool,
+    damped: bool,
     dependent: Callable[[int], str],
+    uneven: Callable[[int], bool],
 ) -> None:
     """Raise what a report of failure calls for; one host synchronisation when all is well.
 
@@ -193,7 +196,9 @@ def check(
         wanted: the `Settings` of the solve.
         by_products: A is known by its products only.
         forward: x was solved for, no derivative of it.
+        damped: there is a damping.
         dependent: which columns of matrix p of the batch take part in a dependence, if that is known.
+        uneven: whether matrix p is square with rows of very different sizes.
     """
     failed = report.status != CONVERGED
     if not bool(failed.any()):
@@ -214,11 +219,13 @@ def check(
             first = []  # which allow none of least norm
         elif wanted.minimum_norm:
             first = [BY_FACTOR]
+        if uneven(p):
+            first = [SCALE_ROWS, *first]
         raise RankDeficientError(
             f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
             f"unique{dependent(p)}",
             *first,
-            DAMP,
+            *([] if damped else [DAMP]),
             f"remove the dependent {what}",
         )
     if status == SPOILT:
@@ -253,6 +260,6 @@ def check(
         f"method {method} ended after {int(figures['iterations'])} iterations with status '{STATUSES[status]}'{where}: "
         f"{'; '.join(found)}; tried: {_methods[int(figures['tried'])]}",
         ITERATIONS if status == ITERATION_LIMIT else f"rescale or remove nearly dependent {what}",
-        DAMP,
+        SCALE if damped else DAMP,
         *([SEE] if reached else []),
     )

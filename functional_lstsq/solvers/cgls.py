@@ -21,9 +21,10 @@ from torch import Tensor
 from ..products import Operator
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
 from .conjugate import Normal, Run, cgls, iterate
+from .numerics import noise
 from .precondition import prepared
 from .refine import refine, report
-from .system import System, check_number, noise, norm
+from .system import System, check_number, norm
 
 _CONTRACTION = 0.05  # of corrections after the first solve
 # Products in single precision take half the time where memory bounds them; corrections by them are right to some digits
@@ -32,6 +33,7 @@ _CONTRACTION = 0.05  # of corrections after the first solve
 _SINGLE_CONTRACTION = 1e-4
 _SINGLE_CONDITION = 30
 _SINGLE_ENTRIES = 500_000
+_SINGLE_TERMS = 2000  # of a sum in single precision, whose rounding errors grow with them
 _SOLVES = 5  # a solve and its adjoint take about so many times the iterations that find the known solutions
 
 
@@ -74,6 +76,13 @@ class CGLS:
         return Iteration(self, system)
 
 
+def _longest(system: System) -> int:
+    """The number of entries in the fullest row or column."""
+    pattern = system.A.pattern
+    counts = (where.pointers.diff() for where in (pattern.rows, pattern.T.rows))
+    return pattern.keep("longest", lambda: max(int(count.max()) if len(count) else 0 for count in counts))
+
+
 class _Single(NamedTuple):
     """What the iteration needs of a system, in single precision."""
 
@@ -96,7 +105,7 @@ class Iteration:
     def __init__(self, settings: CGLS, system: System, patience: float = float("inf")):
         self.settings, self.system, self.patience = settings, system, patience
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
-        large = system.entries >= _SINGLE_ENTRIES and system.accept < 1
+        large = system.entries >= _SINGLE_ENTRIES and system.accept < 1 and _longest(system) <= _SINGLE_TERMS
         self.single = _Single.of(system) if large and settings.preconditioner is None else None
         self.given = None if settings.preconditioner is None else prepared(settings.preconditioner, system)
         self._measure()
@@ -206,7 +215,9 @@ class Iteration:
             errors.append(float((error / whole).max()) if self.patience < float("inf") else 0.0)
             if self._hopeless(errors, threshold):
                 return torch.ones_like(found)
-            return found | (energy <= floor) | (self.smallest <= system.tolerance * self.largest)
+            # One that proves a dependence ends the search of all.
+            smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
+            return found | (energy <= floor) | (smallest <= system.tolerance * largest)
 
         settings = self.settings
         run = iterate(
@@ -238,11 +249,12 @@ class Iteration:
         given = b
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
         if start is not None:
-            left = b - system.A.matmul(start)
+            weighed = system.weigh(b)
+            left = weighed - system.A.matmul(start)
             # A start that is worse than none would leave rounding errors of its own size.
             lost = norm(left).square() + (0.0 if system.d2 is None else norm(system.d2.sqrt() * start).square())
-            better = (lost < norm(b).square())[:, None]
-            start, left = torch.where(better, start, 0.0), torch.where(better, left, b)
+            better = (lost < norm(weighed).square())[:, None]
+            start, left = torch.where(better, start, 0.0), torch.where(better, left, weighed)
         first, contraction = True, _CONTRACTION if self.single is None else 20 * _SINGLE_CONTRACTION
 
         def correct(b: Tensor | None, c: Tensor) -> Run:
@@ -294,7 +306,9 @@ class Iteration:
 
     def _verdict(self) -> Tensor:
         """Why a matrix failed, before any right-hand side was seen."""
-        return torch.where(self.deficient, RANK_DEFICIENT, torch.where(self.unseen, ITERATION_LIMIT, INACCURATE))
+        given_up = self.patience < float("inf")
+        ran_out = self.unseen & ((self.iterations >= self.settings.max_iterations) | given_up)
+        return torch.where(self.deficient, RANK_DEFICIENT, torch.where(ran_out, ITERATION_LIMIT, INACCURATE))
 
     def _run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
         # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The

@@ -23,7 +23,8 @@ from ..products import Operator
 from ..result import INACCURATE, Report, method_code
 from .factored import Factored, power
 from .gram import GramAnalysis, NotPositive, method_name
-from .system import System, check_number, noise
+from .numerics import noise
+from .system import System, check_number
 
 _SHIFTS = (1e-14, 1e-12, 1e-10)  # relative to the squares of the norms of columns
 # Where rows are left out, what is left may have no full rank, and the Woodbury identity cancels up to 1 / shift.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..products import Operator
+from .numerics import ldexp
 
 if TYPE_CHECKING:
     from .system import System
@@ -133,17 +134,28 @@ def _leading(x: Tensor, exponents: Tensor, bits: int) -> Tensor:
     return (x + shift) - shift
 
 
+def multiplied_exactly(A: Operator, X: Tensor, adjoint: bool) -> Tensor:
+    """A X, or A^H X, rounded once."""
+    of_A, of_X = (torch.frexp(t.abs().amax()).exponent for t in (A.values, X))
+    scaled = Operator(A.pattern, ldexp(A.values, -of_A))
+    return ldexp(ExactProducts(scaled, adjoint=adjoint)(Pair.of(ldexp(X, -of_X))).value, of_A + of_X)
+
+
 class ExactResiduals:
-    """t - K s for s = (r, y) given as pairs."""
+    """(b - r - A y, c - A^H (W r + e) + d^2 y) for r and y given as pairs."""
 
     def __init__(self, system: System):
-        self.matmul = ExactProducts(system.A, adjoint=False)
-        self.adjoint = ExactProducts(system.A, adjoint=True)
-        self.damp = system.damp
+        self.matmul = ExactProducts(system.plain, adjoint=False)
+        self.adjoint = ExactProducts(system.plain, adjoint=True)
+        self.damp, self.weights = system.damp, system.weights
 
-    def __call__(self, b: Tensor, c: Tensor, r: Pair, y: Pair) -> tuple[Tensor, Tensor]:
+    def __call__(self, b: Tensor, c: Tensor, r: Pair, y: Pair, e: Tensor | None = None) -> tuple[Tensor, Tensor]:
         first = _minus(self.matmul(y)).plus(-r.low).plus(-r.high).plus(b)
-        second = _minus(self.adjoint(r))
+        s = r
+        if self.weights is not None:
+            W = self.weights[:, :, None]
+            s = _two_product(W, r.high).plus(W * r.low)
+        second = _minus(self.adjoint(s if e is None else s.plus(e)))
         if self.damp is not None:
             squared = _two_product(self.damp, self.damp)
             for d2 in squared:

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..result import RANK_DEFICIENT, Report
 from .conjugate import Run, cgls
 from .extended import EPS_EXTENDED, Pair, Single
+from .numerics import noise
 from .refine import Refined, refine, report
-from .system import EPS, System, dot, noise, norm
+from .system import EPS, System, dot, norm
 
 _BOUND = 1e-11  # a bound on rounding errors that needs no sharpening
 _PLAIN = 1e4  # condition number up to which the factor alone makes four digits and more of a correction
@@ -108,7 +109,8 @@ class Factored:
         blur = slip @ lost
         blur = (blur + EPS * noise(blur) * (null.abs() @ lost.abs())) / system.scale
         moved = self.apply(blur)
-        errors = errors._replace(x=errors.x + of_x, r=errors.r + norm(system.A.matmul(moved)) + EPS * norm(r))
+        of_r = norm(system.A.matmul(moved)) + EPS * norm(system.weigh(r))
+        errors = errors._replace(x=errors.x + of_x, r=errors.r + of_r)
         return Refined(r, self._project(x) * system.scale, errors, iterations)
 
     def _apply_once(self, b: Tensor | None, c: Tensor) -> Run:
@@ -147,7 +149,7 @@ class Factored:
             whole: Pair | Single = Pair.of(Z) if exact else Single(Z)
             for _ in range(3):
                 if isinstance(whole, Pair):
-                    image = system.exact_residuals.matmul(whole).value
+                    image = system.weigh(system.exact_residuals.matmul(whole).value)
                 else:
                     image = system.A.matmul(whole.high)
                 moved = self.apply(system.A.adjoint(image))

@@ -20,7 +20,8 @@ from ..products import Operator, sparse_product
 from ..transforms import concrete
 from .dense import Dense
 from .direct import Direct
-from .system import EPS, System, check_number, dot, noise
+from .numerics import noise
+from .system import EPS, System, check_number, dot
 
 _DENSE_COLUMNS = 500
 

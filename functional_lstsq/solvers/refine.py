@@ -16,7 +16,8 @@ from torch import Tensor
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, Report
 from .conjugate import Run
 from .extended import EPS_EXTENDED, Pair, Single
-from .system import EPS, System, noise, norm
+from .numerics import noise
+from .system import EPS, System, norm
 
 _TINY = torch.finfo(torch.float64).tiny
 Number = TypeVar("Number", Single, Pair)
@@ -52,13 +53,15 @@ class Measure:
     """
 
     def __init__(self, system: System, b: Tensor, c: Tensor, largest: Tensor):
-        self.weight = system.weight
-        self.least_r = system.accept * (norm(b) + norm(c) / largest)
-        self.least_y = self.least_r / largest
+        self.weight, self.weigh = system.weight, system.weigh
+        of_b, of_c = norm(system.weigh(b)), norm(c) / largest
+        self.least_r = system.accept * (of_b + of_c)
+        # Beside a large damping A, which b goes through, is far smaller than [A; d].
+        self.least_y = system.accept * (of_b * (system.size / largest).clamp(max=1) + of_c) / largest
 
     def sizes(self, r: Tensor, y: Tensor) -> Errors:
         """Of a solution or of a correction to it."""
-        return Errors(norm(r), norm(y), norm(self.weight * y))
+        return Errors(norm(self.weigh(r)), norm(y), norm(self.weight * y))
 
     @staticmethod
     def finite(errors: Errors) -> Tensor:
@@ -99,11 +102,15 @@ def refine(
         bound: rounding errors, relative, that are small enough. Where a bound on them is larger, two solves more give a
             sharper estimate: the larger of two samples.
     """
+    if system.weights is not None:
+        correct = _unweighed(system, correct)
     measure = Measure(system, b, c, largest)
     run = correct(b, c)
 
     def residuals(r: Single, y: Single) -> tuple[Tensor | None, Tensor]:
-        return (None, -system.gradient(r.high, y.high, c)) if consistent else system.residuals(b, c, r.high, y.high)
+        if consistent:
+            return None, -system.gradient(system.weigh(r.high), y.high, c)
+        return system.residuals(b, c, r.high, y.high)
 
     # No correction leaves less of a weak direction.
     slowest = (10 * EPS * (largest / smallest).square()).clamp(min=contraction)
@@ -148,6 +155,19 @@ def refine(
     for size, new, before in zip(merged, found, old, strict=True):
         size[:, which] = torch.where(better, new, before)
     return Refined(r, y, Errors(*merged), iterations)
+
+
+def _unweighed(
+    system: System, correct: Callable[[Tensor | None, Tensor], Run]
+) -> Callable[[Tensor | None, Tensor], Run]:
+    """`correct` for right-hand sides and solutions r of the system with weights, by one for those that are weighed."""
+
+    def corrected(b: Tensor | None, c: Tensor) -> Run:
+        run = correct(None if b is None else system.weigh(b), c)
+        reached = system.plain.matmul(run.y)
+        return run._replace(r=reached.neg_() if b is None else torch.sub(b, reached, out=reached))
+
+    return corrected
 
 
 def _iterate(
@@ -205,11 +225,12 @@ def _bound(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor, largest: 
     |e_y| <= |f_1| / sigma + |f_2| / sigma^2,  |e_r| <= |f_1| + |f_2| / sigma
     """
     sigma = smallest / 2  # an estimate is on the large side
-    first = 2 * system.unit * (norm(b) + norm(r) + largest * norm(y))
-    second = 2 * system.unit * (norm(c) + largest * norm(r))
+    of_b, of_r = norm(system.weigh(b)), norm(system.weigh(r))
+    first = 2 * system.unit * (of_b + of_r + largest * norm(y))
+    second = 2 * system.unit * (norm(c) + largest * of_r)
     if system.d2 is not None:
         second = second + 2 * EPS * norm(system.d2 * y)
-    shift = first / sigma + second / sigma.square()
+    shift = first / sigma * (system.size / sigma).clamp(max=1) + second / sigma.square()
     return Errors(first + second / sigma, shift, shift)  # of x at most that of y: all weights are at most 1
 
 
@@ -226,7 +247,7 @@ def _sliced(
 
     Columns of very different scales can make small entries of y the large ones of x = D^-1 y.
     """
-    whole_r, whole_y = norm(r), norm(y)
+    whole_r, whole_y = norm(system.weigh(r)), norm(y)
     bound = EPS_EXTENDED * (largest / smallest) * (whole_y + whole_r / smallest)
     if not bool((bound > 1e-3 * EPS * norm(system.weight * y)).any()):
         return left
@@ -234,7 +255,7 @@ def _sliced(
         torch.ones_like(part) * (EPS_EXTENDED * size)[:, None] for part, size in ((r, whole_y), (y, whole_r))
     )
     blurred = correct(first * noise(first.real), second * noise(second.real))
-    sizes = Errors(norm(blurred.r), norm(blurred.y), norm(system.weight * blurred.y))
+    sizes = Errors(norm(system.weigh(blurred.r)), norm(blurred.y), norm(system.weight * blurred.y))
     return Errors(*map(torch.fmax, left, sizes))
 
 
@@ -268,15 +289,16 @@ def report(
     r, y, errors, iterations = refined
     measure = Measure(system, b, c if given is None else given, largest)
     whole = measure.sizes(r, y)
-    first, second = (norm(residual) for residual in system.residuals(b, c, r, y))
-    errors = _at_least(errors, first, second, largest, EPS * (norm(b) + norm(c) + norm(r) + largest * whole.y))
+    left_of_b, left_of_c = system.residuals(b, c, r, y)
+    first, second, of_b = norm(system.weigh(left_of_b)), norm(left_of_c), norm(system.weigh(b))
+    errors = _at_least(errors, first, second, largest, EPS * (of_b + norm(c) + whole.r + largest * whole.y))
     # Where scales differ so much that squares of x in units of the smallest may underflow, nothing could be claimed.
     zero_r, zero_y = (r == 0).all(1), (y == 0).all(1)
     measured = (whole.x > 2.0**-450) | zero_y
     accepted = (measure.relative(errors, whole) + system.precision / 2 <= system.accept) & measured
     failed = INACCURATE if limited is None else torch.where(limited, ITERATION_LIMIT, INACCURATE)
     ones = torch.ones_like(iterations)
-    slack = EPS * (norm(b) + largest * whole.y)
+    slack = EPS * (of_b + largest * whole.y)
 
     def claim(error: Tensor, size: Tensor, zero: Tensor) -> Tensor:
         relative = _ratio(error, size)
@@ -306,7 +328,7 @@ def _of_zero(system: System, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> Tens
     A solver may end with zeros because its numbers were too small for their squares.
     """
     rounding = system.rounding(b, c, r, y)[1][:, :, : b.shape[2]]
-    other = (system.gradient(r, y, c).abs() > 16 * rounding.abs()).any(1)
+    other = (system.gradient(system.weigh(r), y, c).abs() > 16 * rounding.abs()).any(1)
     return (other | (system.lost & ((b != 0).any(1) | (c != 0).any(1)))).to(torch.float64)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..lazy import lazy
 from ..products import Operator
 from .extended import ExactResiduals
+from .numerics import ldexp, noise, power_of_two
 
 EPS = torch.finfo(torch.float64).eps
 _CHUNK = 2**18  # numbers that a cache holds
@@ -53,7 +54,11 @@ class System:
         extended: refine with residuals in twice the working precision, whether or not it takes that to be accepted.
         exact: the values are the user's own. Otherwise they carry rounding errors, and an answer cannot be more
             accurate than those allow.
+        weights: W (P, m), at most 4, or None for ones. What is factored and iterated with, `A`, is then W^(1/2) A,
+            rounded; right-hand sides, solutions and residuals are those of the system with W in it.
     """
+
+    weights: Tensor | None = None
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class System:
         *,
         extended: bool = False,
         exact: bool = True,
+        weights: Tensor | None = None,
     ):
         self.precision, self.extended, self.exact = precision, extended, exact
         self.tolerance = tolerance_of(precision, operator.m, operator.n)
@@ -70,9 +76,13 @@ class System:
         self.m, self.n, self.copies = operator.m, operator.n, operator.copies
         self.entries = operator.values.numel()
         self.unit = EPS  # rounding of a product
-        columns = operator.pattern.indices[1].expand(self.copies, -1)
+        rows, columns = (part.expand(self.copies, -1) for part in operator.pattern.indices)
+        values = operator.values
+        if weights is not None:
+            self.weights, self.root = weights, weights.sqrt()
+            values = values * self.root.gather(1, rows)
         damp = None if damp is None else damp.abs()[:, None]
-        largest, squares = column_sizes(operator.values.abs(), columns, damp, self.n)
+        largest, squares = column_sizes(values.abs(), columns, damp, self.n)
         self.empty = squares == 0  # columns of zeros
         exponents = torch.frexp(largest).exponent + torch.frexp(squares.sqrt()).exponent - 1
         scale = power_of_two(exponents)
@@ -83,7 +93,10 @@ class System:
         self.frobenius = largest * norm((whole / torch.where(largest > 0, largest, 1.0))[:, :, None])
         self.norms = norms[:, :, None]  # of the scaled columns: what powers of two have left over, 1/2 to 2
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units in which it cannot overflow
-        self.given, self.A = operator.values, Operator(operator.pattern, operator.values / scale.gather(1, columns))
+        of_entries = scale.gather(1, columns)
+        self.given, self.A = values, Operator(operator.pattern, values / of_entries)
+        if weights is not None:
+            self._plain = Operator(operator.pattern, operator.values / of_entries)
         self.damp = None if damp is None else (damp / scale)[:, :, None]  # d D^-1
         self.d2 = None if self.damp is None else self.damp.square()
 
@@ -131,24 +144,34 @@ class System:
         """As `residuals`, in twice the working precision."""
         return ExactResiduals(self)
 
+    @property
+    def plain(self) -> Operator:
+        """A itself, columns scaled, where `A` has weights in it."""
+        return self.A if self.weights is None else self._plain
+
+    def weigh(self, f: Tensor) -> Tensor:
+        """W^(1/2) f"""
+        return f if self.weights is None else self.root[:, :, None] * f
+
     def damped(self, y: Tensor) -> Tensor | float:
         """d^2 y"""
         return 0.0 if self.d2 is None else self.d2 * y
 
     def gradient(self, r: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        """A^H r - d^2 y - c, the negative gradient of the (extended) normal equations."""
+        """A^H r - d^2 y - c, the negative gradient of the (extended) normal equations, for an r that is weighed."""
         return self.A.adjoint(r) - self.damped(y) - c
 
     def residuals(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """t - K s"""
-        reached = self.A.matmul(y).add_(r)
-        return torch.sub(b, reached, out=reached), -self.gradient(r, y, c)
+        """(b - r - A y, c - A^H W r + d^2 y)"""
+        reached = self.plain.matmul(y).add_(r)
+        return torch.sub(b, reached, out=reached), -self.gradient(self.weigh(r), y, c)
 
     def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Two samples, side by side, of errors as large as the rounding errors in `residuals`, entry by entry."""
         size = r.abs(), y.abs()
-        first = EPS * (b.abs() + size[0] + self.magnitude.matmul(size[1]))
-        second = EPS * (c.abs() + self.magnitude.adjoint(size[0]) + self.damped(size[1]))
+        plain = self.magnitude if self.weights is None else self.plain.absolute()
+        first = EPS * (b.abs() + size[0] + plain.matmul(size[1]))
+        second = EPS * (c.abs() + self.magnitude.adjoint(self.weigh(size[0])) + self.damped(size[1]))
         first, second = (torch.cat([s, s], 2) for s in (first, second))
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
 
@@ -174,32 +197,6 @@ def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) ->
     largest = torch.where(largest == 0, 1.0, largest)
     squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
     return largest, squares if damp is None else squares + (damp / largest).square()
-
-
-def power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents in double precision, kept finite and normal."""
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents.clamp(-1021, 1023))
-
-
-def ldexp(t: Tensor, exponents: Tensor) -> Tensor:
-    """t 2^exponents, in two steps where a power of two would not be a number."""
-    near = exponents.clamp(-1021, 1021)
-    t = t * power_of_two(near)
-    return t if torch.equal(near, exponents) else t * power_of_two(exponents - near)
-
-
-def noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Random reals of either sign, sizes from 1/2 to 3/2, the same ones every time for one seed.
-
-    Sizes differ, since vectors of signs alone are orthogonal to the differences of half of all pairs of columns. Taken
-    from a hash, since vmap refuses random operations.
-    """
-    first = 1 + seed * like.numel()
-    h = torch.arange(first, first + like.numel(), device=like.device) * 0x2545F4914F6CDD1D
-    h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
-    h = h ^ (h >> 29)
-    size = 0.5 + ((h >> 8) & 0xFFFFFF).to(torch.float64) / 2**24
-    return torch.where(((h >> 40) & 1) == 1, size, -size).view(like.shape)
 
 
 def check_number(name: str, value: object, *, optional: bool = False, below: float = float("inf")) -> None:
