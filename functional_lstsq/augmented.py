@@ -221,25 +221,18 @@ def _inner(l: Tensor, x: Tensor) -> Tensor:  # noqa: E741
 def _outside(static: Static, values, weights, damp, slots, r, x, report: Tensor, token, indices: Tensor) -> Tensor:
     """(N t)_x = c - A^H s + d^2 x for the solution of t = `slots`, (b, e, c): the part of c that A does not reach.
 
-    0 for full rank. It may be as small beside c as columns are beside each other, so it is summed exactly, with what
-    rounding has left out of s.
+    0 for full rank. It may be as small beside c as columns are beside each other, so its value is taken from a residual
+    in extended precision; the derivative is that of the sum.
     """
     b, e, c = slots
     deficient = report[:, Report._fields.index("rank"), None, :1] < static.n
     if not is_traced(values) and not bool(concrete(deficient).any()):
         return torch.zeros_like(x)
-    # A^H s - c as one sum, [A; I]^H [s; -c].
-    eye = torch.arange(static.n, device=indices.device)
-    places = torch.cat([indices, torch.stack([eye + static.m, eye])], 1)
-    entries = torch.cat([values, values.new_ones((1, static.n)).expand(values.shape[0], -1)], 1)
-
-    s = _weighted(weights, r, e)
-    both = torch.cat([s, torch.zeros_like(x) if c is None else -c.expand_as(x)], 1)
-    left = -multiply(entries, both, places, static.m + static.n, static.n, True, True)
-    low_s, _ = _low_parts(static, values, weights, damp, b, e, c, r, x, report, token, indices)
-    left = left - multiply(values, low_s, indices, static.m, static.n, True)
-    if damp is not None:
-        left = left + damp.square()[:, None, None] * x
+    left = -multiply(values, _weighted(weights, r, e), indices, static.m, static.n, True, True)
+    left = left if c is None else left + c
+    if damp is None:  # with damping there is full rank
+        _, exactly = _low_parts(static, values, weights, damp, b, e, c, r, x, report, token, indices)
+        left = left + (exactly - left).detach()
     return torch.where(deficient, left, 0.0)
 
 

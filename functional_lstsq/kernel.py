@@ -169,7 +169,7 @@ def solve_plainly(
         if on_failure == LOW:
             assert known is not None
             unjudged = torch.zeros((copies, len(Report._fields), k), dtype=torch.float64, device=like.device)
-            low = low_parts(system, factors, b, c, known, weighted, always=wanted.minimum_norm)
+            low = low_parts(system, factors, b, c, known, weighted, minimum_norm=wanted.minimum_norm)
             return *low, unjudged, torch.zeros(1, dtype=torch.int64)
         with system.accepting_anything() if on_failure == "accept" else nullcontext():
             more = (weighted, damp, answer if forward else None)

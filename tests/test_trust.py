@@ -12,7 +12,7 @@ import torch
 from fuzzing import fuzz
 from helpers import full_pattern
 from hypothesis import given
-from rationals import distance, gradients, rational, size, solved, times, transpose
+from rationals import distance, gradients, least_squares, rational, size, solved, times, transpose
 from torch.func import grad, jvp
 
 import functional_lstsq as fl
@@ -133,3 +133,29 @@ def test_few_of_them_are_refused():
     """Of those of the test before."""
     if sum(counted.values()) > 1000:
         assert counted["refused"] <= 0.02 * sum(counted.values())
+
+
+@pytest.mark.parametrize("spread", [0, 15, 20, 25])
+def test_gradients_without_full_rank_in_mixed_units(spread):
+    """Of c x: -y x^T + r (A^+ y)^T + ((A^+)^T x) (c - A^T y)^T with y = (A^+)^T c; at most half refused."""
+    refused = 0
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        whole = lambda *shape: torch.randint(-3, 4, shape, generator=g).double()  # noqa: B023, E731
+        A = whole(6, 3) @ whole(3, 4) * 2.0 ** torch.tensor([-spread, 0, 0, spread])
+        b, c = whole(6), whole(4)
+        pinv = least_squares(A, torch.eye(6, dtype=torch.float64))[0]
+        S, B, C, back = rational(A), rational(b), rational(c), transpose(pinv, 6)
+        x, y = times(pinv, B, 1), times(back, C, 1)
+        r = [[p[0] - q[0]] for p, q in zip(B, times(S, x, 1), strict=True)]
+        beyond = [[p[0] - q[0]] for p, q in zip(C, times(transpose(S, 4), y, 1), strict=True)]
+        u, v = times(back, x, 1), times(pinv, y, 1)
+        want = [[r[i][0] * v[j][0] + u[i][0] * beyond[j][0] - y[i][0] * x[j][0] for j in range(4)] for i in range(6)]
+        matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(6, 4))
+        try:
+            got = grad(lambda A: fl.lstsq(A, b, rank_deficient="minimum_norm") @ c)(matrix).to_dense()  # noqa: B023
+        except torch.linalg.LinAlgError:
+            refused += 1
+            continue
+        assert distance(got, want) <= RIGHT + size(want)
+    assert refused <= 4

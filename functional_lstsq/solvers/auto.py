@@ -262,6 +262,11 @@ class _Chain:
             self.steps.append(step)
         return self.steps[index]
 
+    @property
+    def null(self) -> Tensor | None:
+        """An orthonormal basis of the null space, if the method that was used last found one."""
+        return next((factors.null for factors in self.prepared.values() if hasattr(factors, "null")), None)
+
     def dependent(self, p: int) -> list[int]:
         """Some columns that take part in a dependence, where the method that was used last knows."""
         known = [factors.dependent(p) for factors in self.prepared.values() if hasattr(factors, "dependent")]
