@@ -126,7 +126,7 @@ def test_memory_comes_back(name):
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc")
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_memory_comes_back_from_two_thousand_solves(solver):
-    A = grid(10)
+    A = grid(6 if solver == "dense" else 10)  # a factor of 1,000 unknowns takes its time
     right = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
     assert grown(lambda k: fl.lstsq(fl.SparseMatrix(k * A.values, A.pattern), right, solver=SOLVERS[solver]), 1900) < 5
 
