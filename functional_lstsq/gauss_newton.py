@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from .closures import close, plain
-from .coloring import jacobian_values
-from .fits import FitInfo, FitReport
-from .holder import check_solver, name_of
-from .implicit import Minimum
-from .losses import loss_of
-from .matrix import SparseMatrix
-from .objective import Objective
-from .pattern import SparsePattern
-from .precision import convert, double
-from .problem import check_numbers
-from .result import Solution
-from .solvers.numerics import noise
-from .transforms import load_forward_mode
+from .fit import Fit, Study
+from .fits.arguments import check_asked, of_residuals, taken_apart
+from .fits.jacobian import slopes_of
+from .fits.losses import loss_of
+from .fits.objective import Objective
+from .fits.report import FitInfo, FitReport
+from .fits.scale import minimum_with_scale
+from .fits.trees import as_residual, as_vector
+from .linear.arguments import check_numbers, check_rank
+from .linear.settings import Settings, check_solver
+from .sparse.matrix import SparseMatrix
+from .sparse.pattern import SparsePattern
+from .sparse.precision import convert, double
+from .torch_func.closures import close
+from .torch_func.tracing import fit_beside_graph, load_forward_mode
 
-_ENTRIES = 10**7  # of a Jacobian that is formed whole
-_SAME = 1e-4  # relative difference between a given Jacobian and the residual's that may be rounding in single precision
+_STEPS = 2000  # which no default exceeds, however many the unknowns
 
 
+@fit_beside_graph
 def gauss_newton(
     residual: Callable[..., Tensor],
     x0: Tensor,
     args: tuple = (),
     *,
     jacobian: SparsePattern | Callable[..., SparseMatrix] | None = None,
+    weights: Tensor | None = None,
+    sigma: Tensor | None = None,
     robust: Any = None,
     solver: Any = None,
-    max_iterations: int = 100,
+    rank_deficient: str = "raise",
+    rank_tolerance: float | None = None,
+    max_iterations: int | None = None,
+    callback: Callable[[int, float], object] | None = None,
     throw: bool = True,
-) -> Solution:
-    """A minimum of sum_i residual(x, *args)_i^2 over x, differentiable to any order by `args`.
+) -> Fit:
+    """A minimum of sum_i weights_i residual(x, *args)_i^2 over x, differentiable to any order by `args` and weights.
 
     Levenberg and Marquardt's damped Gauss-Newton steps, each a sparse least-squares problem, then Newton's steps until
     they are rounding errors. Composes with every transformation of torch.func: under `vmap` the problems of a batch are
@@ -48,29 +53,45 @@ def gauss_newton(
     there.
 
     Args:
-        residual: residual(x, *args) -> (m,), m >= n, real; of torch operations that torch.func can transform, with
-            second derivatives. What is to be differentiated belongs into `args`.
-        x0: (n,), float32 or float64, where to start. No derivative flows through it, and another one may lead to
-            another minimum.
+        residual: residual(x, *args) -> (m,), m >= n; of torch operations that torch.func can transform, with second
+            derivatives. What is to be differentiated belongs into `args`. Or a pytree, whose leaves one after the other
+            are the m residuals; a complex one is two, the real parts of its leaf followed by the imaginary ones.
+        x0: (n,), float32 or float64, where to start, or a pytree of such tensors of any shapes, which `residual`,
+            `jacobian` and `fit.x` have too. No derivative flows through it, and another one may lead to another
+            minimum.
         args: tuple of pytrees; tensors in them may be differentiated and mapped over.
         jacobian: a `SparsePattern` (m, n) that holds all nonzeros of the Jacobian, whose values are then found by as
             many directional derivatives as its columns need colours; or jacobian(x, *args) -> SparseMatrix, always on
             one pattern; None forms all m n entries.
-        robust: `Huber()` or `Cauchy()`, of loss rho: 2 rho(r) in place of r^2.
+        weights: (m,) non-negative, 1 / variance of each residual; a weight of 0 leaves a residual out, and has an
+            ordinary derivative.
+        sigma: (m,) positive, standard deviations of the residuals: weights of 1 / sigma^2, in place of `weights`.
+        robust: a loss rho, `Huber()` (see there), `SoftL1()`, `Cauchy()`, `Arctan()`, `Tukey()` or `Hampel()`: 2
+            rho(sqrt(weights) r) in place of weights r^2.
         solver: for the steps and the derivatives, as for `lstsq`.
-        max_iterations: damped steps, accepted or not.
-        throw: False returns what was reached instead of raising; `info.status` tells, and derivatives are NaN.
+        rank_deficient: "raise", or "minimum_norm" for a cost that some changes of x leave as it is, as moving and
+            turning a free network does, or the gauge of a bundle adjustment: every step is that of least change, and
+            derivatives are those of the minimum nearest to x. What the residual determines is differentiable so; where
+            along the gauge x comes to lie depends on x0.
+        rank_tolerance: as for `lstsq`, of the Jacobian.
+        max_iterations: damped steps, accepted or not; None for 100 (n + 1), at most 2,000.
+        callback: called with (iteration, cost) after every damped step; under vmap with the largest of the batch.
+        throw: False returns what was reached instead of raising; `info.status` tells, and derivatives are NaN, or zero
+            in reverse mode where nothing depends on it.
 
     Returns:
-        `Solution(x, residual, info)`: x (n,), residual (m,) at x, both differentiable, and a `FitInfo`, which is not.
+        `Fit(x, residual, info)`: x (n,), residual (m,) at x, without weights, both differentiable, and a `FitInfo`,
+        which is not. `fit.standard_errors()`, `fit.covariance()`, `fit.jacobian` and `fit.dof` are computed when they
+        are asked for, and are differentiable too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape, or with NaN or infinity in it; a jacobian
             that is not that of residual; a residual that depends on tensors out of `args` that are being
             differentiated.
-        RankDeficientError: the Jacobian has no full rank at the point reached, which need not be the only minimum.
+        RankDeficientError: the Jacobian has no full rank at the point reached, and the Hessian matrix is not positive
+            definite there, so that it need not be the only minimum.
         ConvergenceError: no minimum within max_iterations, or one whose estimated forward error, relative, is above
-            eps^(1/3) of the dtype; or such a derivative.
+            eps^(1/3) of the dtype in which the residual is computed; or such a derivative.
 
     Cost: a factorisation for each step and a few for the end; a derivative costs a factorisation and a few solves and
     products with the Hessian matrix. All arithmetic is in double precision, as far as `residual` keeps to it.
@@ -78,7 +99,7 @@ def gauss_newton(
     Source: Nocedal and Wright, Numerical Optimization, Springer 2006, chapter 10; derivatives: Griewank and Walther,
     Evaluating Derivatives, SIAM 2008, chapter 15.
 
-    >>> import functional_lstsq as fl
+    >>> import torch, functional_lstsq as fl
     >>> t = torch.arange(5.0, dtype=torch.float64)
     >>> y = torch.tensor([2.0, 1.3, 0.7, 0.5, 0.3], dtype=torch.float64)
     >>> def misfit(x, y):
@@ -90,12 +111,36 @@ def gauss_newton(
     tensor([[ 0.8832,  0.2675, -0.0070, -0.1110, -0.1346],
             [ 0.2239, -0.1010, -0.2106, -0.2219, -0.1939]], dtype=torch.float64)
     """
-    x, dtype, info, given = minimum_of(
-        residual, x0, args, jacobian, robust, solver, max_iterations, throw, "gauss_newton", "x0", "residual"
-    )
-    on_failure, r = "raise" if throw else "nan", residual(x, *given)
-    x, r = (convert(t, dtype, f"the derivative of {name}", on_failure) for t, name in ((x, "x"), (r, "the residual")))
-    return Solution(x, r, info)
+    check_rank(rank_deficient, rank_tolerance)
+    if weights is not None and sigma is not None:
+        raise TypeError("sigma must be None beside weights, which are 1 / sigma^2, got both")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {callback!r}")
+    start, tree = as_vector(x0)
+    found = minimum_of(
+        (lambda x, *args: as_residual(residual(tree(x), *args))) if callable(residual) else residual,
+        start, args,
+        (lambda x, *args: jacobian(tree(x), *args)) if callable(jacobian) else jacobian,
+        robust, solver, max_iterations, throw, "gauss_newton", "x0", "residual", weights=weights, sigma=sigma,
+        minimum_norm=rank_deficient == "minimum_norm", tolerance=rank_tolerance, callback=callback,
+    )  # fmt: skip
+
+    def rounded(result: Tensor, name: str) -> Tensor:
+        dtype = torch.promote_types(found.dtype, torch.complex64) if result.is_complex() else found.dtype
+        return convert(result, dtype, f"the derivative of {name}", "raise" if throw else "nan")
+
+    r = torch_pytree.tree_map(lambda leaf: rounded(leaf, "the residual"), residual(tree(found.x), *found.args))
+    return Fit(tree(rounded(found.x, "x")), r, found.info).with_study(found.study)
+
+
+class Found(NamedTuple):
+    """A minimum, in double precision."""
+
+    x: Tensor
+    dtype: torch.dtype  # of the results
+    info: FitInfo
+    args: tuple
+    study: Study
 
 
 def minimum_of(
@@ -110,12 +155,25 @@ def minimum_of(
     name: str,
     of_start: str,
     of_function: str,
-) -> tuple[Tensor, torch.dtype, FitInfo, tuple]:
-    """(x, dtype of the results, info, args), in double precision, under the names that the caller gives."""
-    _check(residual, x0, args, jacobian, max_iterations, name, of_start)
-    check_solver(solver)
+    weights: Any = None,
+    sigma: Any = None,
+    callback: Any = None,
+    nested: bool = False,
+    further: Callable[..., Tensor] | None = None,
+    minimum_norm: bool = False,
+    tolerance: float | None = None,
+) -> Found:
+    """The minimum that is found from x0, under the names that the caller gives.
+
+    Args:
+        weights, sigma: as `gauss_newton` has them, at most one of them.
+        callback, nested, further: as `Objective` has them; further(x, *args) -> (j,).
+        minimum_norm, tolerance: as of `Settings`.
+    """
+    check_asked(residual, x0, args, jacobian, max_iterations, name, of_start)
+    check_solver(solver, name)
     loss, threshold = loss_of(robust, x0.device)
-    tensors, rebuild = _taken_apart(args)
+    tensors, rebuild = taken_apart(args)
     for tensor, where in ((x0, of_start), *((t, "args") for t in tensors)):
         if tensor.layout != torch.strided:
             raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
@@ -139,8 +197,15 @@ def minimum_of(
         raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
     m = r.shape[0]
     if m < n:
-        raise ValueError(f"residual must give at least as many numbers as {of_start} has, {n}, got {m}")
-    dtype = x0.dtype
+        raise ValueError(
+            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
+            f"{of_start[0]}, gives more"
+        )
+    if sigma is None:
+        weights = of_residuals("weights", weights, m, x0, on_failure)
+    else:
+        weights = of_residuals("sigma", sigma, m, x0, on_failure).square().reciprocal()
+    dtype, arithmetic = x0.dtype, max(torch.finfo(r.dtype).eps, torch.finfo(torch.float64).eps)
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype == torch.float64:
             dtype = tensor.dtype
@@ -148,24 +213,42 @@ def minimum_of(
     def in_double(x: Tensor, *given: Tensor) -> Tensor:
         return function(x, *given).to(torch.float64)
 
-    pattern, values = _jacobian_of(in_double, jacobian, rebuild, m, n, x0, doubled)
+    def pull(x: Tensor, *given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        r, pulled = torch.func.vjp(lambda x: in_double(x, *given), x)  # type: ignore[misc]
+        return r, lambda y: pulled(y)[0]
+
+    closed, found_inside = None, 0
+    if further is not None:
+        closed, others = close(lambda x, *t: further(x, *rebuild(t)), of_function, "args", start, *doubled)
+        found_inside = others.numel()
+    pattern, values = slopes_of(in_double, jacobian, rebuild, m, n, x0, doubled)
     objective = Objective(
         residual=in_double,
+        pull=pull,
         jacobian=values,
         pattern=pattern,
         loss=loss,
-        settings=name_of(solver, minimum_norm=False, precision=torch.finfo(dtype).eps, exact=False),
+        settings=Settings(solver, minimum_norm, precision=arithmetic, exact=False, tolerance=tolerance),
         precision=torch.finfo(dtype).eps,
-        max_iterations=max_iterations,
+        arithmetic=arithmetic,
+        max_iterations=min(100 * (n + 1), _STEPS) if max_iterations is None else max_iterations,
         on_failure=on_failure,
         linear=False,
         name=name,
         start=f"{what} must be finite at {of_start}",
         point=of_start,
+        further=closed,
+        callback=callback,
+        nested=nested,
+        found_inside=found_inside,
     )
-    leaves = (threshold, torch.zeros_like(threshold), *doubled)
-    x, numbers, _ = Minimum.apply(objective, start[None], *(leaf[None] for leaf in leaves))
-    x, report = x[0], FitReport(*numbers[0])
+    leaves = (threshold, torch.zeros_like(threshold), weights, *doubled)
+    every = (leaf[None] for leaf in leaves)
+    x, numbers, blur, token, threshold = minimum_with_scale(
+        objective, getattr(robust, "scale", None), start[None], *every
+    )
+    leaves = (threshold[0], *leaves[1:])
+    x, report = x[0], FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
     info = FitInfo(
         status_code=report.status.to(torch.int64),
         iterations=report.iterations.to(torch.int64),
@@ -175,99 +258,4 @@ def minimum_of(
         condition=report.condition,
         cost=report.cost,
     )
-    return x, dtype, info, rebuild(doubled)
-
-
-def _check(residual: Any, x0: Any, args: Any, jacobian: Any, max_iterations: Any, name: str, of_start: str) -> None:
-    if torch.compiler.is_compiling():
-        raise TypeError(f"torch.compile cannot take {name}; compile what makes its arguments")
-    if not callable(residual):
-        raise TypeError(f"residual must be callable, got {residual!r}")
-    if not isinstance(x0, Tensor) or x0.layout != torch.strided:
-        got = f"layout {x0.layout}" if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"{of_start} must be a dense tensor of shape (n,), got {got}")
-    if x0.ndim != 1 or not x0.shape[0]:
-        hint = "; for a batch of starts use torch.vmap" if x0.ndim > 1 else ""
-        raise ValueError(f"{of_start} must have shape (n,) with n > 0, got {tuple(x0.shape)}{hint}")
-    if x0.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{of_start} must be float32 or float64, got {x0.dtype}")
-    check_args(args)
-    if jacobian is not None and not isinstance(jacobian, SparsePattern) and not callable(jacobian):
-        raise TypeError(f"jacobian must be None, a SparsePattern or callable, got {jacobian!r}")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int):
-        raise TypeError(f"max_iterations must be an integer, got {max_iterations!r}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-
-
-def check_args(args: Any) -> None:
-    """Refuse what is not a tuple."""
-    if not isinstance(args, tuple):
-        raise TypeError(f"args must be a tuple, (y,) for one, got {type(args).__name__}")
-
-
-def _taken_apart(args: tuple) -> tuple[list[Tensor], Callable[[Any], tuple]]:
-    """(tensors in `args`, what puts others into their places)"""
-    leaves, spec = torch_pytree.tree_flatten(args)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def rebuild(tensors: Any) -> tuple:
-        changed = dict(zip(places, tensors, strict=True))
-        return torch_pytree.tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-
-    return [leaves[i] for i in places], rebuild
-
-
-@lru_cache(maxsize=8)
-def _full(m: int, n: int, device: torch.device) -> SparsePattern:
-    entries = torch.arange(m * n, device=device)
-    return SparsePattern(torch.stack([entries // n, entries % n]), (m, n))
-
-
-def _jacobian_of(
-    residual: Callable[..., Tensor], jacobian: Any, rebuild: Callable, m: int, n: int, x0: Tensor, given: list[Tensor]
-) -> tuple[SparsePattern, Callable[..., Tensor]]:
-    """(pattern, (x, *tensors) -> values on it), tried at x0."""
-    if jacobian is None:
-        if m * n > _ENTRIES:
-            raise ValueError(
-                f"jacobian=None forms all entries of the Jacobian, {m} x {n}: pass its SparsePattern, or a function "
-                "that gives a SparseMatrix"
-            )
-        pattern = _full(m, n, x0.device)
-        # torch.func.jacfwd takes as many directions at a time as there are.
-        return pattern, lambda x, *t: torch.func.jacfwd(lambda x: residual(x, *t))(x).reshape(-1)
-    point = plain(x0).to(torch.float64)
-    plainly = [plain(tensor) for tensor in given]
-    if isinstance(jacobian, SparsePattern):
-        pattern = jacobian
-
-        def values(x: Tensor, *t: Tensor) -> Tensor:
-            return jacobian_values(lambda x: residual(x, *t), x, pattern)
-
-    else:
-        closed, J = close(lambda x, *t: jacobian(x, *rebuild(t)), "jacobian", "args", point, *plainly)
-        if not isinstance(J, SparseMatrix):
-            raise TypeError(f"jacobian must give a SparseMatrix, got {type(J).__name__}")
-        pattern = J.pattern
-
-        def values(x: Tensor, *t: Tensor) -> Tensor:
-            J = closed(x, *t)
-            if J.pattern is not pattern and J.pattern != pattern:
-                raise ValueError("jacobian must give a SparseMatrix on the same pattern, always")
-            return J.values.to(torch.float64)
-
-    if pattern.shape != (m, n):
-        raise ValueError(f"jacobian must have shape ({m}, {n}), got {tuple(pattern.shape)}")
-    if pattern.device != x0.device:
-        raise ValueError(f"jacobian is on {pattern.device}, x0 is on {x0.device}")
-    v = noise(point)
-    got = SparseMatrix(values(point, *plainly), pattern) @ v
-    want: Any = torch.func.jvp(lambda x: residual(x, *plainly), (point,), (v,))[1]
-    off = float((got - want).norm() / torch.maximum(got.norm(), want.norm()).clamp_min(1e-300))
-    if not off <= _SAME:
-        raise ValueError(
-            f"jacobian must be that of residual, got a relative difference of {off:.1e} between their products with a "
-            "random vector at x0"
-        )
-    return pattern, values
+    return Found(x, dtype, info, rebuild(doubled), Study(objective, x, leaves, blur, token, dtype))

@@ -7,51 +7,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .augmented import solve_augmented
+from .distributed.matrix import ShardedMatrix
+from .distributed.solve import solve_sharded
 from .errors import SCALE, ConvergenceError
-from .matrix import SparseMatrix
-from .matrix_free import solve_matrix_free
-from .operator import LinearOperator
-from .precision import convert
-from .problem import Problem, pose
-from .products import sample
-from .result import Report, Solution, SolveInfo, method_code
-from .robust import fit_robustly
-from .transforms import concrete, is_traced
+from .fits.robust import fit_robustly
+from .linear.arguments import Problem, pose
+from .linear.augmented import solve_augmented
+from .linear.bounds import pose_bounds, solve_bounded
+from .linear.factorization import Factorization
+from .linear.matrix_free import solve_matrix_free
+from .linear.settings import settings_of
+from .result import Report, Solution, SolveInfo, info_of, method_code
+from .sparse.matrix import SparseMatrix
+from .sparse.operator import LinearOperator
+from .sparse.precision import convert
+from .sparse.products import sample
+from .torch_func.tracing import beside_graph, concrete, is_traced
 
 
 def lstsq(
-    A: SparseMatrix | LinearOperator | Tensor,
+    A: SparseMatrix | LinearOperator | Factorization | ShardedMatrix | Tensor,
     b: Tensor,
     *,
     damp: float | Tensor | None = None,
     weights: Tensor | None = None,
+    bounds: Any = None,
     robust: Any = None,
     solver: Any = None,
     rank_deficient: str = "raise",
+    rank_tolerance: float | None = None,
     refine: str = "auto",
     x0: Tensor | None = None,
 ) -> Tensor:
     """The least-squares solution of A x = b for a sparse A, differentiable to any order by everything it is given.
 
-    Minimises sum_i weights_i |b - A x|_i^2 + damp^2 |x|^2 over x. Where A has fewer rows than columns and there is no
-    damping, x is the solution of least norm. Composes with every transformation of torch.func: gradients with
-    respect to A are values at its stored entries only.
+    Minimises sum_i weights_i |b - A x|_i^2 + sum_j damp_j^2 |x_j|^2 over x. Where A has fewer rows than columns and
+    there is no damping, x is the solution of least norm. Composes with every transformation of torch.func: gradients
+    with respect to A are values at its stored entries only.
 
     Args:
         A: (m, n) SparseMatrix, or torch sparse COO (coalesced or not), CSR or CSC tensor, of full rank; or a
-            LinearOperator, which is solved by `CGLS`, with unscaled columns and rank_deficient="raise".
+            LinearOperator, which is solved by `CGLS`, with unscaled columns; or what `factorize` gives, whose factors
+            are used; or what `distributed.shard_rows` gives, with rows on many ranks.
         b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
-        damp: non-negative number or 0-d real tensor, in units of A; None for no damping.
+        damp: non-negative number or 0-d real tensor, in units of A; or (n,), one for each unknown, of which zeros do
+            nothing and infinity pins an unknown at zero; None for no damping.
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
-            out, and has an ordinary derivative by its weight. (A wide A that loses a row has no full rank, see
-            rank_deficient, and its derivative by a weight of 0 is NaN.)
-        robust: `Huber()` or `Cauchy()`, of loss rho: minimises sum_i 2 rho(sqrt(weights_i) (b - A x)_i) + damp^2 |x|^2,
-            for each column of b, by iteratively reweighted least squares (at most 200 steps) from x0, or from the
-            solution for squares. For a real SparseMatrix, or sparse tensor, with m >= n.
+            out, and has an ordinary derivative by its weight. A row of infinite weight is a constraint, an equation
+            that is met exactly; A needs full rank only together with these, and they must be linearly independent.
+            (Of a wide A with a damping for all unknowns, or none, a derivative by a weight of 0 is NaN; without
+            damping a wide A that loses a row has no full rank, and weights are finite.)
+        bounds: (lower, upper), with x between them: each a number, which may be infinite, or a real tensor of shape
+            (), (n,) or, for b (m, k), (n, k), of which x has derivatives too. Equal ones pin an unknown, with the
+            derivative by the one that it is pressed against. For a real SparseMatrix, or sparse tensor; a wide one too,
+            where the bounds leave full rank to the unknowns between them. x has no derivative where strict
+            complementarity fails: one by an unknown that touches its bound and is not pressed against it, to the errors
+            of either, is refused. Not within torch.compile.
+        robust: a loss rho, as `Huber()` (see there) or `Tukey(scale="mad")`: minimises sum_i 2 rho(sqrt(weights_i)
+            (b - A x)_i) + damp^2 |x|^2, for each column of b, by iteratively reweighted least squares (at most 200
+            steps) from x0, or from the solution for squares. For a real SparseMatrix, or sparse tensor, with m >= n.
         solver: `Dense()`, `Direct()`, `CGLS()`, or another solver object; None is `Auto()`, which chooses by predicted
             cost and moves on where a method has no answer that is accepted.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
+        rank_tolerance: fraction of the largest singular value, columns scaled to norm 1, below which others count as
+            zero, less than 1e-6; None for 4 (eps + 2.2e-16 sqrt(max(m, n))). For designs that lack rank but for errors.
         refine: "auto" takes residuals in about twice double precision where rounding would make errors above 1e-11
             (1e-9 with `CGLS`); "extended" always does. Errors then are of the size of rounding x itself while the
             condition number is below about 1e13. (Of a wide A, or a LinearOperator, weights are multiplied in as square
@@ -76,13 +95,15 @@ def lstsq(
     Cost: one solve, factorisation included; each derivative costs one further solve that reuses the factorisation, up
     to six where rank_deficient="minimum_norm". A tangent by A, and any derivative by damp, costs up to two more for
     each of the solutions in it, where condition numbers above 1e3 ask for what rounding has left out of them. With
-    `robust` a factorisation for each iteration and column of b. All arithmetic of a solve is in double precision;
-    results are rounded to the dtype of the input.
+    `robust` a factorisation for each iteration and column of b. With `bounds` one for each pass and column of b, 3 to
+    10 as a rule; up to 4 n where one unknown after the other must be freed. All arithmetic of a solve is in double
+    precision; results are rounded to the dtype of the input.
 
     Source: the augmented system (Björck, Numerical Methods for Least Squares Problems, SIAM 1996, section 2.1);
-    derivatives of the pseudoinverse by Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973.
+    derivatives of the pseudoinverse by Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973; bounds by block principal
+    pivoting (Portugal, Judice, Vicente, Math. Comp. 63, 1994; Kim and Park, SIAM J. Sci. Comput. 33(6), 2011).
 
-    >>> import functional_lstsq as fl
+    >>> import torch, functional_lstsq as fl
     >>> pattern = fl.SparsePattern(torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1]]), (3, 2))
     >>> values = torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     >>> b = torch.tensor([1.0, 2.0, 3.5], dtype=torch.float64)
@@ -91,23 +112,39 @@ def lstsq(
     >>> torch.func.jacrev(lambda b: fl.lstsq(fl.SparseMatrix(values, pattern), b))(b)
     tensor([[ 0.6667,  0.3333, -0.3333],
             [ 0.3333,  0.6667,  0.3333]], dtype=torch.float64)
+    >>> fl.lstsq(fl.SparseMatrix(values, pattern), b, bounds=(0.5, float("inf")))
+    tensor([0.5000, 3.0000], dtype=torch.float64)
     """
-    problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0)
+    if is_beside(A, robust, bounds):
+        return _lstsq_beside(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds)
+    return _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds)
+
+
+def _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds) -> Tensor:
+    given = A, b, damp, weights, robust, solver, rank_deficient, refine, x0
+    if isinstance(A, ShardedMatrix):
+        return solve_sharded(*given, rank_tolerance, bounds, throw=True).x
+    problem = pose(*given, rank_tolerance=rank_tolerance, bounds=bounds)
+    if bounds is not None:
+        posed = pose_bounds(problem, bounds, robust)
+        return rounded(shaped(solve_bounded(posed, "raise").x, posed.problem), posed.problem, "x")
     if robust is not None and problem.b.numel():
-        return _run_robust(problem, robust, True)[0]
+        return _run_robust(problem, robust, throw=True)[0]
     r, x, _ = run(problem, "raise")
     return rounded(shaped(r if problem.wide else x, problem), problem, "x")
 
 
 def solve(
-    A: SparseMatrix | LinearOperator | Tensor,
+    A: SparseMatrix | LinearOperator | Factorization | ShardedMatrix | Tensor,
     b: Tensor,
     *,
     damp: float | Tensor | None = None,
     weights: Tensor | None = None,
+    bounds: Any = None,
     robust: Any = None,
     solver: Any = None,
     rank_deficient: str = "raise",
+    rank_tolerance: float | None = None,
     refine: str = "auto",
     x0: Tensor | None = None,
     throw: bool = True,
@@ -115,18 +152,26 @@ def solve(
     """Like `lstsq`, with the residual and with what is known of the solution.
 
     Args:
-        throw: False returns what was reached instead of raising; `info.status` tells. Where there is no solution (rank
-            deficient) x is NaN, and so are derivatives through a column that failed. Where `CGLS` failed before it
-            solved anything x is zero, with an infinite `info.forward_error`. `TooLarge` is raised all the same.
+        throw: False returns what was reached instead of raising; `info.status`, the worst of the columns, tells. x is
+            accepted where that is "converged", or "zero but for rounding"; as good as `info.forward_error` says where
+            it is "inaccurate" or "iteration limit reached"; spoilt where it is "out of range"; NaN where it is "rank
+            deficient"; of robust fits the point that was reached. Derivatives through a column that failed are NaN,
+            but zero where nothing depends on it: one that `torch.where` masks in a batch does no harm.
+            Where `CGLS` failed before it knew what to trust, x is the iterate after `max_iterations` (or sooner, where
+            its gradient is small), with an infinite `info.forward_error`. `TooLarge` is raised all the same. With
+            bounds, derivatives where strict complementarity fails are NaN.
         The others are those of `lstsq`.
 
     Returns:
         `Solution(x, residual, info)`: x (n,) or (n, k), residual b - A x (m,) or (m, k), both differentiable, and a
-        `SolveInfo`, which is not.
+        `SolveInfo`, which is not; with bounds a `BoundedInfo`, which has `active`, -1 for an unknown at its lower bound
+        and 1 at its upper one, `multipliers`, and `weak`, where strict complementarity fails. The residual is solved
+        for, as accurate as x, and so are its derivatives; those of b - A @ lstsq(A, b), which is what rounding leaves
+        of a difference, are not.
 
-    Raises, cost and source: as `lstsq`; the residual is free where m >= n and there are no weights.
+    Raises, cost and source: as `lstsq`; the residual is free where m >= n (of a LinearOperator, without weights).
 
-    >>> import functional_lstsq as fl
+    >>> import torch, functional_lstsq as fl
     >>> A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]], dtype=torch.float64).to_sparse_csr()
     >>> solution = fl.solve(A, torch.tensor([1.0, 2.0, 3.5], dtype=torch.float64))
     >>> solution.residual
@@ -134,47 +179,69 @@ def solve(
     >>> solution.info.status, bool(solution.info.forward_error < 1e-14)
     ('converged', True)
     """
-    problem = pose(A, b, damp, weights, robust, solver, rank_deficient, refine, x0, throw=throw)
+    if is_beside(A, robust, bounds):
+        return _solve_beside(
+            A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, throw
+        )
+    return _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, throw)
+
+
+def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, throw) -> Solution:
+    given, found = (A, b, damp, weights, robust, solver, rank_deficient, refine, x0), None
+    if isinstance(A, ShardedMatrix):
+        return solve_sharded(*given, rank_tolerance, bounds, throw=throw)
+    problem = pose(*given, rank_tolerance=rank_tolerance, throw=throw, bounds=bounds)
+    if bounds is not None:
+        posed = pose_bounds(problem, bounds, robust)
+        problem, found = posed.problem, solve_bounded(posed, "raise" if throw else "return")
     if robust is not None and problem.b.numel():
-        return Solution(*_run_robust(problem, robust, throw))
-    r, x, numbers = run(problem, "raise" if throw else "return")
-    report = Report(*(shaped(numbers[:, i, None], problem, 0) for i in range(len(Report._fields))))
-    info = SolveInfo(
-        status_code=report.status.to(torch.int64),
-        method_code=report.method.to(torch.int64),
-        iterations=report.iterations.to(torch.int64),
-        optimality=report.optimality,
-        forward_error=report.residual_error if problem.wide else report.solution_error,
-        condition=report.condition,
-        rank=report.rank.to(torch.int64),
-        norm=report.norm,
-        tried_code=report.tried.to(torch.int64),
-        ticket=report.ticket.to(torch.int64),
-    )
+        return Solution(*_run_robust(problem, robust, throw=throw))
+    r, x, numbers = run(problem, "raise" if throw else "return") if found is None else found[:3]
+    info = info_of(Report.unpacked(numbers), wide=problem.wide, single=problem.b.ndim == 1)
     solution = shaped(r if problem.wide else x, problem)
     is_residual = not problem.wide and (problem.weights is None or isinstance(problem.A, SparseMatrix))
     residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
     if throw and not is_residual:
         _require_in_range("the residual b - A x", residual)
-    return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), info)
+    whole = info if found is None else found.told(info, problem.b.ndim == 1)
+    return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), whole)
+
+
+_NO_GRAPH = (
+    "torch.compile cannot take bounds=, robust=, a LinearOperator or a sharded matrix; compile what makes the arguments"
+)
+_lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_solve, _NO_GRAPH)
+
+
+def is_beside(A: Any, robust: Any, bounds: Any = None) -> bool:
+    """Whether Dynamo is tracing what it cannot take."""
+    beyond = robust is not None or bounds is not None or isinstance(A, (LinearOperator, ShardedMatrix))
+    return torch.compiler.is_dynamo_compiling() and beyond
 
 
 def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, c); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
-    A, (m, n), b, damp, weights, settings, _, x0, _ = problem
+    A, (m, n), b, damp, weights, settings, _, x0, _, _, kept = problem
     columns = b[None] if b.ndim == 2 else b[None, :, None]
-    damp = None if damp is None else damp[None]
+    damp = None if damp is None else damp.reshape(1, -1)
     start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
     if isinstance(A, LinearOperator):
         if weights is not None:
             root = weights.sqrt()
             A, columns = A.weighted(root), root.to(columns.dtype)[None, :, None] * columns
-        return solve_matrix_free(A, m, n, damp, columns, start, settings, on_failure)
+        return solve_matrix_free(A, m, n, problem.wide, damp, columns, start, settings, on_failure)
     pattern, values = A.pattern, A.values
     if not problem.wide:
         indices, of_rows = pattern.indices, None if weights is None else weights[None]
-        return solve_augmented(values[None], damp, columns, c, indices, m, n, settings, on_failure, start, of_rows)
-    if weights is not None:
+        return solve_augmented(
+            values[None], damp, columns, c, indices, m, n, settings, on_failure, start, of_rows, kept
+        )
+    if weights is not None and damp is not None:
+        # x = A^H s and A x + d^2 W^-1 s = b: each row has a damping of its own, infinite where the weight is zero.
+        # What neither a weight nor a damping determines, 0 / 0, is marked by the other infinity.
+        unweighted = torch.where(damp > 0, torch.inf, -torch.inf).to(damp.dtype)
+        damp = torch.where(weights > 0, damp * weights.rsqrt(), unweighted)
+    elif weights is not None:
         root = weights.sqrt().to(values.dtype)[None, :, None]
         ones = values.new_ones((1, pattern.shape[1], 1))
         of_entries = sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
@@ -182,7 +249,7 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
         columns = _weighted("b", columns, root)
     if values.is_complex():  # conj_physical has no rule for vmap
         values = torch.complex(values.real, -values.imag)
-    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure)
+    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure, kept=kept)
 
 
 def _weighted(name: str, numbers: Tensor, root: Tensor) -> Tensor:
@@ -202,26 +269,28 @@ def _require_in_range(name: str, result: Tensor, lost: Tensor | None = None) -> 
         raise ConvergenceError(f"{name} leaves the range of double precision", SCALE)
 
 
-def _run_robust(problem: Problem, robust: Any, throw: bool) -> tuple[Tensor, Tensor, SolveInfo]:
+def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, Tensor, SolveInfo]:
     """(x, b - A x, info) of a robust fit."""
-    x, report = fit_robustly(problem, robust, _start(problem, throw), throw)
-
-    def of_columns(field: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        return (field[0] if problem.b.ndim == 1 else field).to(dtype)
-
-    code = torch.full_like(report.status, method_code("IRLS"))
-    info = SolveInfo(
-        status_code=of_columns(report.status, torch.int64),
-        method_code=of_columns(code, torch.int64),
-        iterations=of_columns(report.iterations, torch.int64),
-        optimality=of_columns(report.optimality),
-        forward_error=of_columns(report.forward_error),
-        condition=of_columns(report.condition),
-        rank=of_columns(report.rank, torch.int64),
-        norm=of_columns(report.norm),
-        tried_code=of_columns(code, torch.int64),
-        ticket=of_columns(torch.zeros_like(code), torch.int64),
+    x, fit = fit_robustly(problem, robust, _start(problem, throw), throw)
+    unknown = torch.full_like(fit.status, torch.nan)
+    report = Report(
+        status=fit.status,
+        method=torch.full_like(fit.status, method_code("IRLS")),
+        iterations=fit.iterations,
+        optimality=fit.optimality,
+        residual_error=unknown,
+        weighted_error=unknown,
+        solution_error=fit.forward_error,
+        condition=fit.condition,
+        rank=fit.rank,
+        norm=fit.norm,
+        tried=torch.zeros_like(fit.status),
+        rounding=unknown,
     )
+    info = info_of(Report(*(field[None] for field in report)), wide=False, single=problem.b.ndim == 1)
+    if settings_of(problem.settings).minimum_norm:
+        # The fit moves along no null vector, but A^+ does where the null space of A turns.
+        x = run(problem._replace(b=problem.A.matmul(x), damp=None, weights=None), "raise" if throw else "return")[1][0]
     x = x[:, 0] if problem.b.ndim == 1 else x
     residual = problem.b - problem.A.matmul(x)
     return rounded(x, problem, "x"), rounded(residual, problem, "the residual"), info
@@ -230,7 +299,7 @@ def _run_robust(problem: Problem, robust: Any, throw: bool) -> tuple[Tensor, Ten
 def _start(problem: Problem, throw: bool) -> Tensor:
     """(n, k) where a robust fit starts: what is given, or the solution for squares; zero where there is none."""
     if problem.x0 is not None:
-        return problem.x0.reshape(problem.shape[1], -1)
+        return problem.x0[:, None] if problem.x0.ndim == 1 else problem.x0
     x = run(problem, "raise" if throw else "return")[1][0].detach()
     return torch.where(x.isfinite(), x, 0.0)
 
@@ -240,9 +309,6 @@ def rounded(result: Tensor, problem: Problem, name: str) -> Tensor:
     return convert(result, problem.dtype, f"the derivative of {name}", problem.on_failure)
 
 
-def shaped(columns: Tensor, problem: Problem, single_dims: int = 1) -> Tensor:
-    """(1, rows, k) -> (rows, k) or (rows,); (1, 1, k) -> (k,) or () for numbers of columns."""
-    columns = columns[0]
-    if problem.b.ndim == 1:
-        columns = columns[:, 0]
-    return columns if single_dims else columns[0]
+def shaped(columns: Tensor, problem: Problem) -> Tensor:
+    """(1, rows, k) -> (rows, k), or (rows,) where b has one dimension."""
+    return columns[0, :, 0] if problem.b.ndim == 1 else columns[0]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fits import FitInfo
-from .gauss_newton import check_args, minimum_of
+from .errors import DAMP, EXTENDED, LEAST_NORM, LEAST_NORM_BY_FACTOR, SEE, SolveError
+from .fits.arguments import check_args
+from .fits.losses import given_threshold, start_threshold
+from .fits.report import FitInfo
+from .gauss_newton import minimum_of
+from .linear.arguments import check_numbers
 from .lstsq import solve
-from .matrix import SparseMatrix
-from .precision import convert
-from .problem import check_numbers
+from .sparse.matrix import SparseMatrix
+from .sparse.precision import convert
+from .torch_func.tracing import fit_beside_graph
+
+_NOT_TAKEN = (LEAST_NORM, LEAST_NORM_BY_FACTOR, DAMP, EXTENDED, SEE)
 
 
 class SeparableFit(NamedTuple):
@@ -25,6 +32,16 @@ class SeparableFit(NamedTuple):
     info: FitInfo
 
 
+@contextmanager
+def _advising() -> Iterator[None]:
+    """Without advice to give a solve what `variable_projection` does not take."""
+    try:
+        yield
+    except SolveError as error:
+        raise type(error)(error.what, *(said for said in error.advice if said not in _NOT_TAKEN)) from error
+
+
+@fit_beside_graph
 def variable_projection(
     design: Callable[..., Any],
     p0: Tensor,
@@ -32,8 +49,9 @@ def variable_projection(
     args: tuple = (),
     *,
     weights: Tensor | None = None,
+    robust: Any = None,
     solver: Any = None,
-    max_iterations: int = 100,
+    max_iterations: int | None = None,
     throw: bool = True,
 ) -> SeparableFit:
     """A minimum of sum_i weights_i |b - A(p) x|_i^2 over p and x, differentiable to any order by all but p0.
@@ -47,7 +65,9 @@ def variable_projection(
         p0: (n,), float32 or float64, where to start; no derivative flows through it.
         b: (m,), or (m, j) for columns that share p but not x; real.
         args: tuple of pytrees; tensors in them may be differentiated and mapped over.
-        weights: (m,) positive, in units of 1 / variance of b; None for ones.
+        weights: (m,) non-negative, in units of 1 / variance of b; None for ones.
+        robust: a loss, as for `gauss_newton`, of b - A(p) x for p and x together; an estimated scale is that of all
+            columns of b.
         solver: for x, and for the steps in p, as for `lstsq`.
         max_iterations, throw: as for `gauss_newton`.
 
@@ -57,7 +77,8 @@ def variable_projection(
 
     Raises: as `gauss_newton`, of p0 for x0, and as `lstsq` does for x.
 
-    Cost: in each step a solve, and one further solve for the Jacobian by p, all columns together. For small problems
+    Cost: with `robust`, a robust fit of x wherever this says solve, and with an estimated scale some ten times as many.
+    Without, in each step a solve, and one further solve for the Jacobian by p, all columns together. For small problems
     `gauss_newton` over p and x takes less time, though more steps.
 
     Source: Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973, and Inverse Problems 19(2), 2003.
@@ -80,32 +101,38 @@ def variable_projection(
         raise TypeError(f"b must be a real tensor, got {b.dtype if isinstance(b, Tensor) else type(b).__name__}")
     check_args(args)
     check_numbers("b", b)
-    check_numbers("weights", weights if isinstance(weights, Tensor) else None)
+    if isinstance(weights, Tensor):
+        check_numbers("weights", weights)
 
-    def reduced(p: Tensor, b: Tensor, weights: Tensor | None, *args: Any) -> Tensor:
+    def inner(p: Tensor, t: Tensor, b: Tensor, weights: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
         # A step may lead to where A overflows or has no full rank: NaN, which makes it shorter.
         A, good = design(p, *args), None
         if isinstance(A, SparseMatrix):
             good = A.values.isfinite().all()
             A = SparseMatrix(torch.where(good, A.values, 0.0), A.pattern)
-        r = solve(A, b, weights=weights, solver=solver, throw=False).residual
-        r = r if good is None else torch.where(good, r, torch.nan)
-        if weights is not None:
-            root = weights.sqrt().to(r.dtype)
-            r = root * r if r.ndim == 1 else root[:, None] * r
-        return r.reshape(-1)
+        x, r, _ = solve(A, b, weights=weights, robust=given_threshold(robust, t), solver=solver, throw=False)
+        return x, r if good is None else torch.where(good, r, torch.nan)
+
+    def reduced(p: Tensor, *given: Any) -> Tensor:
+        return inner(p, *given)[1].flatten()
 
     name = "variable_projection"
     if throw and isinstance(p0, Tensor) and p0.ndim == 1:
         check_numbers("p0", p0)
         # The errors of a solve say most of what is wrong with A(p0).
-        solve(design(p0.detach(), *args), b, weights=weights, solver=solver)
-    p, dtype, info, given = minimum_of(
-        reduced, p0, (b, weights, *args), None, None, solver, max_iterations, throw, name, "p0", "design"
-    )
-    b, weights, *args_in_double = given
+        with _advising():
+            solve(design(p0.detach(), *args), b, weights=weights, solver=solver)
+    threshold = start_threshold(robust, b.device)
+    of_all = weights[:, None].expand_as(b).flatten() if isinstance(weights, Tensor) and b.ndim == 2 else weights
+    p, dtype, info, given, study = minimum_of(
+        reduced, p0, (threshold, b, weights, *args), None, robust, solver, max_iterations, throw, name, "p0", "design",
+        weights=of_all, nested=robust is not None, further=lambda *given: inner(*given)[0].flatten(),
+    )  # fmt: skip
+    _, b, weights, *args_in_double = given
     # In double precision to the end: x may move much more than p.
-    x, residual, _ = solve(design(p, *args_in_double), b, weights=weights, solver=solver, throw=throw)
+    A, robust = design(p, *args_in_double), given_threshold(robust, study.leaves[0])
+    with _advising():
+        x, residual, _ = solve(A, b, weights=weights, robust=robust, solver=solver, throw=throw)
     on_failure = "raise" if throw else "nan"
     named = (("p", p), ("x", x), ("the residual", residual))
     p, x, residual = (convert(result, dtype, f"the derivative of {name}", on_failure) for name, result in named)

@@ -55,6 +55,11 @@ def with_singular_values(s, m, seed=0, dtype=torch.float64):
     return A, full_pattern(m, n)
 
 
+def normal(*size, dtype=torch.float64, seed=0):
+    """Normally distributed numbers, the same ones every time for one seed."""
+    return torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
 def full_pattern(m, n):
     return fl.SparsePattern(torch.cartesian_prod(torch.arange(m), torch.arange(n)).T, (m, n))
 

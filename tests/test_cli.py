@@ -149,6 +149,7 @@ def test_demo_as_a_process():
     assert "relative difference" in run.stdout
 
 
+@pytest.mark.external
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared matrices")
 def test_a_real_file(tmp_path, capsys):
     name = SHARED / "matrices" / "illc1033"

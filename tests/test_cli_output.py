@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,11 @@ import scipy.io
 import scipy.sparse
 
 import functional_lstsq as fl
+from functional_lstsq import errors
 from functional_lstsq.cli import main, solve
 from functional_lstsq.cli.output import Output, Progress
+from functional_lstsq.cli.words import line_of
+from functional_lstsq.solvers.watching import Step
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def test_json_is_one_object_with_stable_keys(tall, capsys):
     assert list(told) == [
         *("command", "matrix", "rows", "columns", "entries", "right_hand_sides", "status", "method", "tried"),
         *("iterations", "residual", "optimality", "forward_error", "condition", "rank", "seconds"),
-        *("weights", "robust", "threshold", "damp", "solution", "gradient"),
+        *("weights", "robust", "threshold", "damp", "lower", "upper", "solution", "gradient"),
     ]
     assert (told["rows"], told["columns"], told["rank"], told["status"]) == (5, 3, 3, "converged")
     assert isinstance(told["forward_error"], float)
@@ -120,7 +124,7 @@ def test_progress_is_for_terminals(capsys, monkeypatch):
                 patch.setattr(sys, "stderr", _Terminal(sys.stderr))
             with Progress(Output(quiet=quiet)) as progress:
                 progress.bar.delay = 0
-                progress.step(1, 0.5)
+                progress.step(Step("solve", 1, None, 0.5))
                 progress.bar.refresh()
         assert ("gradient" in capsys.readouterr().err) is shown
 
@@ -174,3 +178,15 @@ def test_a_pipe_that_is_closed_is_no_error():
     run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_every_advice_of_the_library_has_words_for_the_command_line():
+    """Each advice that names an argument of a function has words of its own, or none where there is no such option."""
+    advice = [text for name, text in vars(errors).items() if name.isupper()]
+    advice += [errors.other_start("x0"), errors.nearer_start("x0")]
+    assert errors.DAMP in advice
+    for text in advice:
+        line = line_of(fl.ConvergenceError("it failed", text, "scale it"))
+        assert line.startswith("it failed. Try: ")
+        assert line.endswith("scale it")
+        assert not re.search(r"[a-z]+=|\w\(|_|x0", line), line

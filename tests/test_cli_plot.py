@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 
 from functional_lstsq.cli import main
-from functional_lstsq.cli.plot import pattern_image
+from functional_lstsq.plot_parts import pattern_image
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 
-from functional_lstsq import command
+from functional_lstsq.cli import command
 
 termios = pytest.importorskip("termios")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process does is read from /proc")
@@ -51,7 +51,7 @@ def matrices(tmp_path_factory):
 def started(arguments, environment=None, *, program=("-m", "functional_lstsq"), **how):
     """The command, as a process whose factors take one thread, and which holds back nothing that it prints."""
     one = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    one["PYTHONPATH"] = str(Path(command.__file__).parents[1])
+    one["PYTHONPATH"] = str(Path(command.__file__).parents[2])
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     line = [sys.executable, *map(str, [*program, *arguments])]
     return subprocess.Popen(line, env={**os.environ, **one, **(environment or {})}, **how)
@@ -213,13 +213,18 @@ CLOSED = "functional_lstsq: standard output is closed, so that nothing could be 
     [
         ((0,), [], 0, ""),
         ((1,), [], 2, CLOSED),
-        ((1,), ["--json"], 2, CLOSED),
+        pytest.param((1,), ["--json"], 2, CLOSED, marks=pytest.mark.slow),
         ((1,), ["--quiet"], 0, ""),
         ((1,), ["--quiet", "--gradient", "-"], 2, "functional_lstsq: cannot write to standard output: it is closed\n"),
-        ((2,), [], 0, ""),
-        ((2,), ["--damp", "-1"], 2, ""),
-        ((0, 1, 2), [], 2, ""),
-        ((0, 1, 2), ["--quiet"], 0, ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((2,), [], 0, ""),
+                ((2,), ["--damp", "-1"], 2, ""),
+                ((0, 1, 2), [], 2, ""),
+                ((0, 1, 2), ["--quiet"], 0, ""),
+            )
+        ),
     ],
 )
 def test_streams_that_are_closed(matrices, tmp_path, closed, options, status, said):

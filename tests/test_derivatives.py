@@ -19,7 +19,7 @@ from helpers import (
 from torch.func import grad, jacfwd, jacrev
 
 import functional_lstsq as fl
-from functional_lstsq.products import multiply, sample
+from functional_lstsq.sparse.products import multiply, sample
 
 SHAPES = {"tall": (5, 3), "wide": (3, 5), "square": (4, 4)}
 CHECKS = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
@@ -67,9 +67,12 @@ def test_third_order(shape, mix, name):
     )
 
 
+REAL = [pytest.param(name, torch.float64, marks=pytest.mark.slow if name == "square" else ()) for name in SHAPES]
+COMPLEX = [pytest.param(name, torch.complex128, marks=() if name == "tall" else pytest.mark.slow) for name in SHAPES]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("shape", "dtype"), [*REAL, *COMPLEX])
 def test_gradcheck(solver, shape, dtype):
     pattern, values, b = problem(*SHAPES[shape], dtype=dtype)
     columns = torch.stack([b, b.flip(0) + 1], 1)
@@ -102,8 +105,8 @@ def test_gradcheck_of_products(dtype):
     values = values[None].requires_grad_()
     where = pattern.indices, 5, 3
     for f, inputs in (
-        (lambda v, X: multiply(v, X, *where, False), (values, X)),
-        (lambda v, Y: multiply(v, Y, *where, True), (values, Y)),
+        (lambda v, X: multiply(v, X, *where), (values, X)),
+        (lambda v, Y: multiply(v, Y, *where, adjoint=True), (values, Y)),
         (lambda U, W: sample(U, W, *where), (Y, X)),
     ):
         assert torch.autograd.gradcheck(f, inputs, **CHECKS)
@@ -111,7 +114,9 @@ def test_gradcheck_of_products(dtype):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", ["tall", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wide", "square"))]
+)
 def test_damp_and_weights(solver, shape):
     pattern, values, b = problem(*SHAPES[shape])
     weights = torch.linspace(0.5, 2, len(b), dtype=torch.float64)
@@ -131,7 +136,7 @@ def test_damp_and_weights(solver, shape):
             close(got, derivative(want, mix, (first, second))(*inputs))
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), pytest.param((5, 5), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mix", "name"), [pytest.param(*m, id=m[1]) for order in (1, 2) for m in mixes(order)])
 def test_minimum_norm_along_matrices_of_constant_rank(shape, mix, name):
     """A = U W^T has rank 2 whatever U and W are: derivatives by them keep the rank."""

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import close, dense, problem
-from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from helpers import close, dense, full_pattern, problem
+from rationals import gradients, least_squares, rational, times
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import functional_lstsq as fl
 
@@ -111,6 +112,77 @@ def test_a_row_that_no_other_controls_cannot_be_left_out():
     left_out = fl.leave_one_out(A, torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
     assert left_out.isnan().tolist() == [False, False, True]
     close(left_out[:2], torch.tensor([-2.0, 2.0], dtype=torch.float64))
+    by_b = jacrev(lambda b: fl.leave_one_out(A, b))(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
+    close(by_b, torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]], dtype=torch.float64))
+    assert fl.leave_one_out(torch.eye(3, dtype=torch.float64).to_sparse(), B[:3]).isnan().all()
+
+
+def heavy(rows, weight):
+    w = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    w[list(rows)], w[7] = weight, 0
+    return w
+
+
+# name: (factor of the first column in the other rows, whether the second is like it there, weights)
+NEARLY_ALONE = {
+    "small column": (1e-6, False, None),
+    "tiny column": (1e-11, False, None),
+    "dependent but for rounding": (1 / 3, True, None),
+    "heavy row": (1.0, False, heavy([0], 1e8)),
+    "heavy rows": (1.0, False, heavy([0, 4, 5], 1e12)),
+    "heavy row, small column": (1e-5, False, heavy([0], 1e6)),
+}
+
+
+@pytest.mark.parametrize("solver", [None, fl.Direct(), fl.CGLS()], ids=repr)
+@pytest.mark.parametrize("name", NEARLY_ALONE)
+def test_rows_that_decide_their_own_fit_nearly_alone(name, solver):
+    """Their 1 - h is below 1e-6; what is left of them is held against rational arithmetic, with its gradients."""
+    factor, alike, weights = NEARLY_ALONE[name]
+    D, b = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), B[:9]
+    D[1:, 0] = factor * D[1:, alike * 1]
+    A, others = fl.SparseMatrix.from_torch(D.to_sparse()), torch.arange(9) > 0
+    w = torch.ones(9, dtype=torch.float64) if weights is None else weights
+    x = least_squares(D[others], b[others], weights=w[others])[0]
+    want = gradients(D[others], b[others], -D[0], weights=w[others])
+    left_out = rational(b[:1])[0][0] - times(rational(D[:1]), x, 1)[0][0]
+
+    def f(values, b, w):
+        given = None if weights is None else w
+        return fl.leave_one_out(fl.SparseMatrix(values, A.pattern), b, given, solver=solver)
+
+    assert 1 - fl.leverage(A, weights, solver=solver)[0] < 1e-6
+    found = f(A.values, b, w)
+    assert found.isfinite().all()
+    close(found[0], torch.tensor(float(left_out), dtype=torch.float64), 1e-12)
+    by_A, by_b, by_w = grad(lambda *args: f(*args)[0], (0, 1, 2))(A.values, b, w)
+    exact_A = [[-float(v) for (v,) in x], *([float(v) for v in row] for row in want["A"])]
+    close(by_A, torch.tensor(exact_A, dtype=torch.float64)[tuple(A.pattern.indices)], 1e-10)
+    close(by_b, torch.tensor([1, *(float(v) for (v,) in want["b"])], dtype=torch.float64), 1e-10)
+    if weights is not None:
+        close(by_w, torch.tensor([0, *(float(v) for (v,) in want["weights"])], dtype=torch.float64), 1e-7)
+    along = by_A @ A.values.cos() + by_b @ b.sin()
+    close(jvp(lambda *args: f(*args, w)[0], (A.values, b), (A.values.cos(), b.sin()))[1], along, 1e-10)
+
+
+def test_rows_that_decide_their_own_fit_nearly_alone_in_batches():
+    """Each matrix of a batch has its own such rows."""
+    V = torch.stack([VALUES, VALUES, VALUES])
+    at = [int((PATTERN.indices[1] == j).nonzero()[0]) for j in (0, 3)]
+    V[0, at[0]], V[1, at[1]] = 1e9, -1e10
+
+    def f(v):
+        return fl.leave_one_out(fl.SparseMatrix(v, PATTERN), B)
+
+    def squares(v):
+        return (f(v) / 1e9).square().sum()
+
+    assert (vmap(lambda v: fl.leverage(fl.SparseMatrix(v, PATTERN)))(V) > 1 - 1e-15).sum(1).tolist() == [1, 1, 0]
+    close(vmap(f)(V) / torch.stack([f(v) for v in V]), torch.ones_like(V[:, :14]), 1e-12)
+    close(vmap(grad(squares))(V), torch.stack([grad(squares)(v) for v in V]), 1e-10)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for v in V:
+        close(compiled(v), f(v), 1e-14)
 
 
 def test_many_rows_in_blocks():
@@ -119,14 +191,63 @@ def test_many_rows_in_blocks():
     close(fl.leverage(fl.SparseMatrix(values, pattern)), (D @ torch.linalg.pinv(D)).diagonal())
 
 
-def test_condition():
+@pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct(), fl.CGLS()], ids=repr)
+def test_condition(solver):
     A = dense(VALUES, PATTERN)
-    true = float(torch.linalg.cond(A / A.norm(dim=0)))
-    for solver in (None, fl.Dense(), fl.Direct(), fl.CGLS()):
-        found = fl.condition(fl.SparseMatrix(VALUES, PATTERN), solver=solver)
-        assert true / 10 < found < 10 * true
-    assert fl.condition(torch.ones(4, 2, dtype=torch.float64).to_sparse()) == torch.inf
-    assert fl.condition(fl.LinearOperator(lambda p, x: p * x, torch.tensor([1.0, 10.0]).double(), 2)) > 5
+    true, found = torch.linalg.cond(A / A.norm(dim=0)), fl.condition(fl.SparseMatrix(VALUES, PATTERN), solver=solver)
+    close(found, true, 0.2)
+    assert fl.condition(torch.ones(4, 2, dtype=torch.float64).to_sparse(), solver=solver) == torch.inf
+
+
+def test_condition_of_an_operator():
+    A = fl.LinearOperator(lambda p, x: p * x, torch.tensor([1.0, 10.0]).double(), 2)
+    close(fl.condition(A), torch.tensor(10.0, dtype=torch.float64), 0.1)
+
+
+@pytest.mark.parametrize(("solver", "n"), [(fl.Dense(), 20), (fl.Dense(), 140), (fl.Direct(), 20), (fl.CGLS(), 20)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_condition_is_of_columns_of_norm_1(dtype, solver, n):
+    """Scaled by powers of two they have norms of 1/2 to 2, and may have four times that condition number."""
+    g = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(2 * n, n, generator=g, dtype=dtype)).Q
+    V = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=dtype)).Q
+    scales, w = 2 * torch.rand(n, generator=g, dtype=torch.float64) + 0.1, torch.arange(2 * n).double() % 3
+    weak = torch.cat([torch.full((n - 1,), 1.0), torch.tensor([1e-3])]).double()
+    for D, damp, weights in (
+        (Q, None, None),
+        (Q * scales, None, None),
+        ((Q * weak) @ V * scales, None, None),
+        ((Q * torch.logspace(0, -4, n, dtype=torch.float64)) @ V * scales, None, None),
+        ((Q * torch.logspace(0, -4, n, dtype=torch.float64)) @ V * scales, 0.02, None),
+        ((Q * weak) @ V * scales, None, w),
+        (((Q * weak) @ V * scales).mH, None, None),
+    ):
+        whole = D if D.shape[0] > n else D.mH
+        whole = whole if weights is None else weights.sqrt()[:, None] * whole
+        whole = whole if damp is None else torch.cat([whole, damp * torch.eye(n, dtype=dtype)])
+        true = float(torch.linalg.cond(whole / whole.norm(dim=0)))
+        A = fl.SparseMatrix.from_torch(D.resolve_conj().to_sparse())
+        info = fl.solve(A, D.sum(1), damp=damp, weights=weights, solver=solver).info
+        assert true / 1.3 < info.condition < 1.001 * true
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct()], ids=repr)
+def test_condition_without_full_rank_is_of_singular_values_that_are_not_zero(solver):
+    """In a batch, beside a matrix of full rank."""
+    g = torch.Generator().manual_seed(0)
+    D = torch.randn(2, 40, 12, generator=g, dtype=torch.float64)
+    D[0, :, 10:] = D[0, :, :2] * 3 - D[0, :, 2:4]
+    D = D * (2 * torch.rand(12, generator=g, dtype=torch.float64) + 0.1)
+    pattern = full_pattern(40, 12)
+    V = D[:, pattern.indices[0], pattern.indices[1]]
+    b = torch.randn(40, generator=g, dtype=torch.float64)
+
+    def condition(v):
+        return fl.solve(fl.SparseMatrix(v, pattern), b, solver=solver, rank_deficient="minimum_norm").info.condition
+
+    s = torch.linalg.svdvals(D / D.norm(dim=1, keepdim=True))
+    true = torch.stack([s[0, 0] / s[0, 9], s[1, 0] / s[1, 11]])
+    close(vmap(condition)(V) / true, torch.ones(2, dtype=torch.float64), 0.2)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
@@ -177,3 +298,49 @@ def test_left_out_residuals_of_an_ill_conditioned_matrix():
     close(fl.leave_one_out(fl.SparseMatrix.from_torch(D.to_sparse()), b), rest @ b / rest.diagonal(), 1e-5)
     exact = fl.solve(fl.SparseMatrix.from_torch(D.to_sparse()), b).residual
     close(fl.leave_one_out(fl.SparseMatrix.from_torch(D.to_sparse()), b) * rest.diagonal(), exact, 1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["A", "factorize(A)"])
+@pytest.mark.parametrize("exponent", [0, 3, 5, 7])
+def test_leverage_by_columns_and_by_rows(exponent, kept):
+    """By columns of A up to a condition number of 1e4, by rows above it."""
+    U = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    A = fl.SparseMatrix.from_torch((U * torch.logspace(0, -exponent, 6, dtype=torch.float64) @ V).to_sparse())
+    h = fl.leverage(fl.factorize(A) if kept else A)
+    assert (h - U.square().sum(1)).abs().max() < 1e-15 * max(10, 10**exponent)
+
+
+def test_the_leverage_of_a_constraint_and_of_a_row_without_weight():
+    weights = torch.linspace(0.5, 2, 14, dtype=torch.float64)
+    weights[2], weights[5] = torch.inf, 0.0
+    h = fl.leverage(fl.SparseMatrix(VALUES, PATTERN), weights)
+    assert h[2] == 1
+    assert h[5] == 0
+    heavy = torch.where(weights.isinf(), 1e10, weights)
+    torch.testing.assert_close(h, hat(VALUES, heavy), rtol=1e-5, atol=1e-9)
+
+
+def test_the_leverage_of_a_damped_fit():
+    D = dense(VALUES, PATTERN)
+    want = (D @ torch.linalg.solve(D.mH @ D + 0.25 * torch.eye(5, dtype=torch.float64), D.mH)).diagonal()
+    close(fl.leverage(fl.factorize(fl.SparseMatrix(VALUES, PATTERN), damp=0.5)), want)
+
+
+@pytest.mark.parametrize("study", [fl.leverage, fl.covariance_diagonal, lambda A, w: fl.leave_one_out(A, B, w)])
+def test_weights_beside_kept_factors_are_refused(study):
+    with pytest.raises(TypeError, match="weights must be None beside a Factorization"):
+        study(fl.factorize(fl.SparseMatrix(VALUES, PATTERN)), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "study",
+    [fl.leverage, fl.covariance_diagonal, lambda A: fl.covariance(A, [0, 3]), lambda A: fl.leave_one_out(A, B)],
+    ids=["leverage", "covariance_diagonal", "covariance", "leave_one_out"],
+)
+def test_studies_are_compiled_in_one_graph(study):
+    def f(v):
+        return study(fl.SparseMatrix(v, PATTERN))
+
+    close(torch.compile(f, fullgraph=True, backend="aot_eager")(VALUES), f(VALUES))
+    close(torch.compile(jacrev(f), fullgraph=True, backend="aot_eager")(VALUES), jacrev(f)(VALUES))

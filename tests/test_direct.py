@@ -5,7 +5,7 @@ import torch
 from helpers import close, problem, through_pinv
 
 import functional_lstsq as fl
-from functional_lstsq.solvers import gram
+from functional_lstsq.solvers import sparse_factor
 
 
 @pytest.mark.parametrize("backend", ["rslab", "superlu"])
@@ -15,10 +15,10 @@ from functional_lstsq.solvers import gram
 def test_direct(backend, heavy, dtype, shape, monkeypatch):
     """Both backends, with and without rows that are left out of the factor, against the pseudoinverse."""
     if backend == "superlu":
-        monkeypatch.setattr(gram, "rslab", None)
+        monkeypatch.setattr(sparse_factor, "rslab", None)
     if heavy:
-        monkeypatch.setattr(gram, "_HEAVY_WORK", 0)
-        monkeypatch.setattr(gram, "_HEAVY_ROW", 10)
+        monkeypatch.setattr(sparse_factor, "_HEAVY_WORK", 0)
+        monkeypatch.setattr(sparse_factor, "_HEAVY_ROW", 10)
     pattern, values, b = problem(*shape, dtype=dtype, density=0.06)
     if heavy:  # a full row, or a full column of a wide A
         full = torch.zeros(shape, dtype=torch.bool)
@@ -43,17 +43,17 @@ def test_direct(backend, heavy, dtype, shape, monkeypatch):
 
     assert fl.solve(A, b, solver=fl.Direct()).info.method == f"direct-{backend}"
     system = pattern if shape[0] > shape[1] else pattern.T
-    assert len(gram.GramAnalysis(system, complex_values=dtype.is_complex).heavy) == heavy
+    assert len(sparse_factor.GramAnalysis(system, complex_values=dtype.is_complex).heavy) == heavy
     close(ours(values, b), theirs(values, b), tolerance)
     for mine, want in zip(*(torch.func.grad(loss, (0, 1))(values, b, f) for f in (ours, theirs)), strict=True):
         close(mine, want, tolerance)
 
 
-@pytest.mark.skipif(gram.rslab is None, reason="rslab is not installed")
+@pytest.mark.skipif(sparse_factor.rslab is None, reason="rslab is not installed")
 def test_one_analysis_a_pattern_and_one_factor_a_matrix(monkeypatch):
     """Whatever is asked for: derivatives, batches, many right-hand sides."""
     calls = {"analyses": 0, "factors": 0}
-    analyze, factor = gram.rslab.analyze, gram.GramAnalysis.factor
+    analyze, factor = sparse_factor.rslab.analyze, sparse_factor.GramAnalysis.factor
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -62,8 +62,8 @@ def test_one_analysis_a_pattern_and_one_factor_a_matrix(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(gram.rslab, "analyze", counted("analyses", analyze))
-    monkeypatch.setattr(gram.GramAnalysis, "factor", counted("factors", factor))
+    monkeypatch.setattr(sparse_factor.rslab, "analyze", counted("analyses", analyze))
+    monkeypatch.setattr(sparse_factor.GramAnalysis, "factor", counted("factors", factor))
     pattern, values, b = problem(40, 15)
 
     def x(values, b):
@@ -117,7 +117,7 @@ def test_a_factor_that_does_not_fit_is_not_started():
 @pytest.mark.parametrize("weight", [1e-3, 1.0, 1e3, 1e6, 1e8])
 def test_full_rank_that_hangs_on_a_row_left_out_of_the_factor(weight, monkeypatch):
     """Differences along a path and their sum: what is factored is singular; the answer is right, or there is none."""
-    monkeypatch.setattr(gram, "_HEAVY_WORK", 0)
+    monkeypatch.setattr(sparse_factor, "_HEAVY_WORK", 0)
     n = 200
     D = torch.diag(-torch.ones(n, dtype=torch.float64)) + torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
     D[-1] = weight

@@ -113,7 +113,11 @@ REFUSED = {
     "no value": (A.replace(b"3 -2", b"3"), 4, "3 numbers, got '2 3'"),
     "half a complex number": (banner("array complex general") + b"1 1\n1\n", 3, "real, imaginary part: 2 numbers"),
     "two values in a line": (ARRAY + b"2 1\n1 2\n", 3, "an entry must be value: 1 numbers, got '1 2'"),
-    "row 0": (A.replace(b"1 1 1", b"0 1 1"), 3, "a row must lie between 1 and 2, got '0 1 1.5'"),
+    "row 0": (
+        A.replace(b"1 1 1", b"0 1 1"),
+        3,
+        "a row must lie between 1 and 2, since indices count from 1, got '0 1 1.5'",
+    ),
     "a row beyond the last": (A.replace(b"1 1 1", b"3 1 1"), 3, "a row must lie between 1 and 2"),
     "a row beyond any": (A.replace(b"1 1 1", b"18446744073709551617 1 1"), 3, "a row must lie between 1 and 2"),
     "a column beyond the last": (A.replace(b"2 3 -2", b"2 4 -2"), 4, "a column must lie between 1 and 3"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOLVERS = ["auto", "direct", "dense", "cgls"]
+SOLVERS = ["auto", "direct", *(pytest.param(solver, marks=pytest.mark.slow) for solver in ("dense", "cgls"))]
 
 
 def run(case, solver, size):
@@ -19,9 +19,17 @@ def run(case, solver, size):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("case", ["fork", "kept", "fork among threads", "loader"])
+@pytest.mark.parametrize("case", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("kept", "loader"))])
 def test_a_forked_process_solves(case, solver):
     run(case, solver, 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize(
+    "solver", ["auto", *(pytest.param(s, marks=pytest.mark.slow) for s in ("direct", "dense", "cgls"))]
+)
+def test_a_process_forks_among_threads(solver):
+    run("fork among threads", solver, 8)
 
 
 @pytest.mark.slow
@@ -30,7 +38,7 @@ def test_a_forked_process_solves_with_a_factor_that_has_threads(case):
     run(case, "direct", 34)
 
 
-@pytest.mark.parametrize("case", ["spawn", "forkserver"])
+@pytest.mark.parametrize("case", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_a_started_process_solves(case):
     run(case, "direct", 8)
 

@@ -3,12 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import close, mixes
+from helpers import close, mixes, normal
 from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 import functional_lstsq as fl
+from functional_lstsq.sparse import coloring
 
 D = torch.float64
 T = torch.linspace(0, 2, 6, dtype=D)
@@ -121,16 +122,15 @@ def test_colors_give_the_jacobian(m, n, density, seed):
     g = torch.Generator().manual_seed(seed)
     A = torch.randn(m, n, generator=g, dtype=D) * (torch.rand(m, n, generator=g) < density)
     pattern = fl.SparsePattern(A.nonzero().T, (m, n))
-    values = fl.coloring.jacobian_values(lambda x: A @ x.sin(), torch.zeros(n, dtype=D), pattern)
+    values = coloring.jacobian_values(lambda x: A @ x.sin(), torch.zeros(n, dtype=D), pattern)
     close(fl.SparseMatrix(values, pattern).to_dense(), A, 1e-14)
-    color = fl.coloring.colors(pattern)
+    color = coloring.colors(pattern)
     for row in A != 0:
         assert len(color[row].unique()) == int(row.sum())
 
 
 def test_a_module_in_the_residual_and_trees_in_args():
-    module = torch.nn.Linear(3, 2, dtype=D)
-    features = torch.randn(6, 3, dtype=D)
+    module, features = torch.nn.Linear(3, 2, dtype=D), normal(6, 3)
 
     def residual(x, parameters, extra):
         weights = functional_call(module, parameters, (features,))
@@ -140,7 +140,7 @@ def test_a_module_in_the_residual_and_trees_in_args():
         extra = {"y": Y, "which": torch.arange(6), "shift": 0.5, "name": "any", "none": None}
         return fl.gauss_newton(residual, torch.zeros(2, dtype=D), (parameters, extra)).x.sum()
 
-    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    parameters = {name: normal(*p.shape) for name, p in module.named_parameters()}
     gradient = grad(x)(parameters)
     step = {name: 1e-6 * torch.ones_like(p) for name, p in parameters.items()}
     numeric = x({n: p + step[n] for n, p in parameters.items()}) - x({n: p - step[n] for n, p in parameters.items()})
@@ -170,7 +170,7 @@ def test_robust_losses(loss):
     t = torch.tensor(loss.threshold, dtype=D)
     f = lambda y, t: fl.gauss_newton(decay, X0, (y,), robust=type(loss)(t)).x  # noqa: E731
     x = f(y, t)
-    slope = grad(lambda x: loss.cost(decay(x, y), t).sum())(x)
+    slope = grad(lambda x: loss.cost(decay(x, y), torch.ones_like(y), t).sum())(x)
     assert slope.abs().max() < 1e-14
     assert gradcheck(f, (y.clone().requires_grad_(), t.clone().requires_grad_()))
     assert gradgradcheck(f, (y.clone().requires_grad_(), t.clone().requires_grad_()))
@@ -306,13 +306,13 @@ BAD = {
         ValueError,
         "threshold of robust must be positive and finite, got -1",
     ),
-    "robust": (lambda: fit(Y, robust="huber"), TypeError, r"robust must be None, Huber\(\) or Cauchy\(\), got 'huber'"),
+    "robust": (lambda: fit(Y, robust="huber"), TypeError, r"robust must be None or one of Huber\(\), .*, got 'huber'"),
     "threshold": (
         lambda: fit(Y, robust=fl.Huber(-1.0)),
         ValueError,
         "threshold of robust must be positive and finite, got -1",
     ),
-    "solver": (lambda: fit(Y, solver=fl.Dense), TypeError, "solver must be None or a solver"),
+    "solver": (lambda: fit(Y, solver=fl.Dense), TypeError, "solver must be None or a Solver"),
     "iterations": (lambda: fit(Y, max_iterations=0), ValueError, "max_iterations must be at least 1, got 0"),
     "compile": (torch.compile(lambda: fit(Y), backend="eager", fullgraph=True), Exception, "cannot take gauss_newton"),
 }

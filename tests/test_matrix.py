@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from helpers import close, dense, problem
+from helpers import close, dense, normal, problem
 from hypothesis import given
 from hypothesis import strategies as st
 
 import functional_lstsq as fl
-from functional_lstsq.pattern import find_pattern
+from functional_lstsq.sparse.pattern import find_pattern
 
 LAYOUTS = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
@@ -30,10 +30,10 @@ def matrices(draw, dtypes=DTYPES):
     return fl.SparseMatrix(values, fl.SparsePattern(indices, (m, n)))
 
 
-@given(matrices(), st.integers(0, 3))
-def test_products_are_those_of_the_dense_matrix(A, k):
+@given(matrices(), st.integers(0, 3), st.integers(0, 100))
+def test_products_are_those_of_the_dense_matrix(A, k, seed):
     D, tolerance = dense(A.values, A.pattern), 1e-12 if A.dtype in (torch.float64, torch.complex128) else 1e-5
-    X = torch.randn(A.shape[1], k, dtype=A.dtype)
+    X = normal(A.shape[1], k, dtype=A.dtype, seed=seed)
     close(A @ X, D @ X, tolerance)
     close(A.T @ torch.ones(A.shape[0], dtype=A.dtype), D.T.sum(1), tolerance)
     close(A.H @ torch.ones(A.shape[0], dtype=A.dtype), D.mH.sum(1), tolerance)

@@ -13,7 +13,7 @@ from torch.func import grad, hessian, vmap
 from worlds import grid
 
 import functional_lstsq as fl
-from functional_lstsq import memory
+from functional_lstsq.solvers import memory
 
 SOLVERS = {"auto": None, "direct": fl.Direct(), "dense": fl.Dense(), "cgls": fl.CGLS()}
 STATM = Path("/proc/self/statm")
@@ -180,7 +180,9 @@ def limited(limit, solver):
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc")
-@pytest.mark.parametrize("kind", ["(0, resource.RLIMIT_AS)", "(5, resource.RLIMIT_DATA)"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("(0, resource.RLIMIT_AS)", marks=pytest.mark.slow), "(5, resource.RLIMIT_DATA)"]
+)
 @pytest.mark.parametrize("more", [4, 64, 128, 4096])
 def test_under_ulimit(kind, more):
     """A factor is made where it fits, refused where it doesn't; by default it is then done without."""

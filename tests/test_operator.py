@@ -3,7 +3,7 @@
 import optree
 import pytest
 import torch
-from helpers import close, dense, problem
+from helpers import close, dense, normal, problem
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -37,17 +37,18 @@ def pair(shape, dtype=torch.float64, *, given=False):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_solutions_and_gradients(shape, dtype, given):
+@pytest.mark.parametrize("named", [(), ("damp",), ("weights",), ("damp", "weights")], ids=" and ".join)
+def test_solutions_and_gradients(shape, dtype, given, named):
     want, got, v, b = pair(shape, dtype, given=given)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    options = {"damp": 0.3, "weights": torch.linspace(0.5, 2, shape[0], dtype=v.real.dtype)}
+    options = {name: options[name] for name in named}
     columns = torch.stack([b, b.flip(0)], 1)
-    weights = torch.linspace(0.5, 2, shape[0], dtype=v.real.dtype)
-    for options in ({}, {"damp": 0.3}, {"weights": weights}, {"damp": 0.3, "weights": weights}):
-        for right in (b, columns):
-            close(got(v, right, **options), want(v, right, **options), tolerance)
-        gradients = (grad(lambda v, b, f=f, o=options: f(v, b, **o).abs().sum(), (0, 1))(v, b) for f in (got, want))
-        for one, other in zip(*gradients, strict=True):
-            close(one, other, 10 * tolerance)
+    close(got(v, b, **options), want(v, b, **options), tolerance)
+    close(got(v, columns, **options), want(v, columns, **options), tolerance)
+    gradients = (grad(lambda v, b, f=f: f(v, b, **options).abs().sum(), (0, 1))(v, b) for f in (got, want))
+    for one, other in zip(*gradients, strict=True):
+        close(one, other, 10 * tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -77,7 +78,8 @@ def test_transformations(shape, transform):
 @pytest.mark.parametrize("of_params", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("of_operator", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("given", [False, True])
-def test_params_are_converted_whatever_the_dtype(of_params, of_operator, given):
+@pytest.mark.parametrize("transform", [lambda f: f, jacrev, jacfwd], ids=["plain", "jacrev", "jacfwd"])
+def test_params_are_converted_whatever_the_dtype(of_params, of_operator, given, transform):
     p = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=of_params)
     b = torch.arange(8.0, dtype=of_operator)
 
@@ -90,9 +92,13 @@ def test_params_are_converted_whatever_the_dtype(of_params, of_operator, given):
 
     assert f(p).dtype == of_operator
     tolerance = 1e-5 if torch.float32 in (of_params, of_operator) else 1e-9
-    close(f(p), want(p), tolerance)
-    for transform in (jacrev, jacfwd):
-        close(transform(f)(p), transform(want)(p), tolerance)
+    close(transform(f)(p), transform(want)(p), tolerance)
+
+
+@pytest.mark.parametrize("of_params", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_operator", [torch.float32, torch.float64], ids=str)
+def test_the_condition_number_of_params_of_any_dtype(of_params, of_operator):
+    p = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=of_params)
     condition = fl.condition(fl.LinearOperator(lambda p, x: p @ x, p, 5, of_operator))
     assert 0.1 < condition / torch.linalg.cond(p) < 10
 
@@ -188,7 +194,11 @@ def ones(params, x):
         (lambda: fl.LinearOperator(ones, torch.ones(3), 3, torch.int64), TypeError, "dtype must be"),
         (lambda: fl.LinearOperator(ones, torch.ones(3), 3) @ torch.ones(4), ValueError, r"needs X of shape \(3,\)"),
         (lambda: solved(ones, solver=fl.Dense()), TypeError, r"solver must be CGLS\(\) or None for a LinearOperator"),
-        (lambda: solved(ones, rank_deficient="minimum_norm"), ValueError, "needs the entries"),
+        (
+            lambda: solved(ones, rank_deficient="minimum_norm", solver=fl.CGLS(preconditioner=lambda g: g)),
+            ValueError,
+            "allows no preconditioner",
+        ),
         (lambda: solved(ones, refine="extended"), ValueError, "needs the entries"),
         (lambda: solved(lambda p, x: x[None]), ValueError, r"matvec must give .* shape \(m,\)"),
         (lambda: solved(lambda p, x: (p * x).float()), ValueError, "matvec must give a tensor of torch.float64"),
@@ -208,29 +218,46 @@ def solved(matvec, rmatvec=None, p=None, **options):
     return fl.lstsq(fl.LinearOperator(matvec, p, 3, rmatvec=rmatvec), torch.ones(3).double(), **options)
 
 
-def test_maps_that_are_not_linear_or_not_adjoint_are_refused():
-    p = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+tall_or_wide = pytest.mark.parametrize("A", [normal(8, 5), normal(5, 8)], ids=["tall", "wide"])
 
-    def solve(matvec, p, rmatvec=None):
-        return fl.lstsq(
-            fl.LinearOperator(matvec, p, p.shape[1], p.dtype, rmatvec=rmatvec), p[:, 0].abs(), solver=SOLVER
-        )
 
-    for A in (p, p.T.contiguous()):
-        for curve in (torch.tanh, torch.abs, lambda x: x + 1e-4 * x.sin(), lambda x: x + 1e-5 * x.square()):
-            with pytest.raises(ValueError, match="must be linear"):
-                solve(lambda A, x, curve=curve: A @ curve(x), A)
-        with pytest.raises(ValueError, match="must be linear"):
-            solve(lambda A, x: A @ x + 1e-3, A)
-        for error in (1.0, 1e-3, 1e-6):
-            with pytest.raises(ValueError, match="rmatvec must be the adjoint of matvec"):
-                solve(lambda A, x: A @ x, A, lambda A, y, e=error: (A * (1 + e * A.cos())).T @ y)
-        with pytest.raises(ValueError, match="must be linear over complex numbers"):
-            solve(lambda A, x: A @ x.conj(), A.to(torch.complex128))
+def solve_by(matvec, A, rmatvec=None):
+    return fl.lstsq(fl.LinearOperator(matvec, A, A.shape[1], A.dtype, rmatvec=rmatvec), A[:, 0].abs(), solver=SOLVER)
+
+
+@tall_or_wide
+@pytest.mark.parametrize(
+    "matvec",
+    [
+        lambda A, x: A @ torch.tanh(x),
+        lambda A, x: A @ x.abs(),
+        lambda A, x: A @ (x + 1e-4 * x.sin()),
+        lambda A, x: A @ (x + 1e-5 * x.square()),
+        lambda A, x: A @ x + 1e-3,
+    ],
+    ids=["tanh", "abs", "sine", "square", "affine"],
+)
+def test_maps_that_are_not_linear_are_refused(A, matvec):
+    with pytest.raises(ValueError, match="must be linear"):
+        solve_by(matvec, A)
+
+
+@tall_or_wide
+def test_maps_that_are_linear_over_real_numbers_alone_are_refused(A):
+    with pytest.raises(ValueError, match="must be linear over complex numbers"):
+        solve_by(lambda A, x: A @ x.conj(), A.to(torch.complex128))
+
+
+@tall_or_wide
+@pytest.mark.parametrize("error", [1.0, 1e-3, 1e-6])
+def test_maps_that_are_not_adjoint_are_refused(A, error):
+    with pytest.raises(ValueError, match="rmatvec must be the adjoint of matvec"):
+        solve_by(lambda A, x: A @ x, A, lambda A, y: (A * (1 + error * A.cos())).T @ y)
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8)], ids=str)
-def test_an_adjoint_need_not_be_differentiable(shape):
+@pytest.mark.parametrize("transform", [jacrev, jacfwd], ids=["jacrev", "jacfwd"])
+def test_an_adjoint_need_not_be_differentiable(shape, transform):
     p = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b = torch.arange(float(shape[0]), dtype=torch.float64)
 
@@ -238,34 +265,56 @@ def test_an_adjoint_need_not_be_differentiable(shape):
         operator = fl.LinearOperator(lambda p, x: p @ x, p, shape[1], rmatvec=lambda p, y: p.detach().T @ y)
         return fl.lstsq(operator, b, solver=SOLVER)
 
-    for transform in (jacrev, jacfwd):
-        close(transform(f)(p), transform(lambda p: torch.linalg.pinv(p) @ b)(p), 1e-8)
+    close(transform(f)(p), transform(lambda p: torch.linalg.pinv(p) @ b)(p), 1e-8)
 
 
-def test_derivatives_by_what_is_not_in_params_are_not_lost_silently():
-    p, s = torch.eye(4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    b = torch.arange(4.0, dtype=torch.float64)
+IDENTITY, TWO, FOUR = torch.eye(4, dtype=torch.float64), torch.tensor(2.0).double(), torch.arange(4.0).double()
 
-    def f(s, p=p):
-        return fl.lstsq(fl.LinearOperator(lambda p, x: s * (p @ x), p, 4), b)
 
-    close(f(s), b / 2, 1e-12)
-    for call in (
-        lambda: f(s.clone().requires_grad_()),
-        lambda: grad(lambda s: f(s).sum())(s),
-        lambda: grad(lambda s: f(s, p * s).sum())(s),
-        lambda: jacfwd(f)(s),
-        lambda: vmap(f)(torch.stack([s, s])),
-    ):
-        with pytest.raises(ValueError, match="not in params"):
-            call()
+def closed_over(s, p=IDENTITY):
+    """x of s p x = (0, 1, 2, 3), by an operator that closes over s."""
+    return fl.lstsq(fl.LinearOperator(lambda p, x: s * (p @ x), p, 4), FOUR)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, s: f(s.clone().requires_grad_()),
+        lambda f, s: grad(lambda s: f(s).sum())(s),
+        lambda f, s: grad(lambda s: f(s, IDENTITY * s).sum())(s),
+        lambda f, s: jacfwd(f)(s),
+        lambda f, s: vmap(f)(torch.stack([s, s])),
+    ],
+    ids=["autograd", "grad", "grad, in params too", "jacfwd", "vmap"],
+)
+def test_derivatives_by_what_is_not_in_params_are_not_lost_silently(call):
+    with pytest.raises(ValueError, match="not in params"):
+        call(closed_over, TWO)
+
+
+def test_what_is_not_in_params_may_be_closed_over_where_nothing_is_differentiated():
+    close(closed_over(TWO), FOUR / 2, 1e-12)
     with torch.no_grad():
-        close(f(s.clone().requires_grad_()), b / 2, 1e-12)
+        close(closed_over(TWO.clone().requires_grad_()), FOUR / 2, 1e-12)
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_products_may_close_over_what_a_transformed_function_made(given):
-    p, b = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        grad,
+        jacfwd,
+        hessian,
+        lambda f: jacrev(jacfwd(f)),
+        lambda f: torch.no_grad()(grad(f)),
+        lambda f: lambda b: vmap(f)(torch.stack([b, b.cos()])),
+        lambda f: lambda b: vmap(hessian(f))(torch.stack([b, b.cos()])),
+        lambda f: grad(lambda b: vmap(f)(torch.stack([b, 2 * b])).sum()),
+    ],
+    ids=["grad", "jacfwd", "hessian", "jacfwd-jacrev", "no_grad", "vmap", "vmap(hessian)", "grad(vmap)"],
+)
+def test_products_may_close_over_what_a_transformed_function_made(given, transform):
+    p, b = normal(8, 5), normal(8, seed=1)
 
     def f(b):
         s = 2 * torch.ones((), dtype=torch.float64)  # wrapped by every transformation around
@@ -276,12 +325,7 @@ def test_products_may_close_over_what_a_transformed_function_made(given):
     def want(b):
         return (torch.linalg.pinv(2 * p) @ b).sin().sum()
 
-    for transform in (grad, jacfwd, hessian, lambda f: jacrev(jacfwd(f)), lambda f: torch.no_grad()(grad(f))):
-        close(transform(f)(b), transform(want)(b), 1e-9)
-    both = torch.stack([b, b.cos()])
-    close(vmap(f)(both), vmap(want)(both), 1e-10)
-    close(vmap(hessian(f))(both), vmap(hessian(want))(both), 1e-9)
-    close(grad(lambda b: vmap(f)(torch.stack([b, 2 * b])).sum())(b), grad(lambda b: want(b) + want(2 * b))(b), 1e-9)
+    close(transform(f)(b), transform(want)(b), 1e-9)
 
 
 def test_a_start_for_a_wide_operator_is_left_alone():

@@ -20,18 +20,37 @@ def coupled(blocks=12, size=4, dtype=torch.float64):
     return A, torch.arange(n) // size, torch.randn(A.shape[0], generator=g, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("damp", [None, 1e-3])
-def test_block_jacobi(dtype, damp):
+of_any_kind = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+damped_or_not = pytest.mark.parametrize("damp", [None, 1e-3])
+
+
+@of_any_kind
+@damped_or_not
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda A, groups, damp: fl.BlockJacobi(groups),
+        lambda A, groups, damp: fl.BlockJacobi(groups + 7),
+        lambda A, groups, damp: fl.GramFactor(A, damp=damp),
+    ],
+    ids=["blocks", "blocks from 7", "factor"],
+)
+def test_answers_and_claims_are_those_without_one(dtype, damp, make):
+    A, groups, b = coupled(dtype=dtype)
+    want = fl.solve(A, b, damp=damp)
+    got = fl.solve(A, b, damp=damp, solver=fl.CGLS(preconditioner=make(A, groups, damp)))
+    close(got.x, want.x, 1e-9)
+    assert int(got.info.iterations) <= 10
+    assert want.info.condition / 10 < got.info.condition < 10 * want.info.condition
+    assert (got.x - want.x).norm() / want.x.norm() <= 10 * got.info.forward_error + 1e-14
+
+
+@of_any_kind
+@damped_or_not
+def test_groups_in_any_order(dtype, damp):
     A, groups, b = coupled(dtype=dtype)
     want = fl.solve(A, b, damp=damp)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))
-    for preconditioner in (fl.BlockJacobi(groups), fl.BlockJacobi(groups + 7), fl.GramFactor(A, damp=damp)):
-        got = fl.solve(A, b, damp=damp, solver=fl.CGLS(preconditioner=preconditioner))
-        close(got.x, want.x, 1e-9)
-        assert int(got.info.iterations) <= 10
-        assert want.info.condition / 10 < got.info.condition < 10 * want.info.condition
-        assert (got.x - want.x).norm() / want.x.norm() <= 10 * got.info.forward_error + 1e-14
     shuffled = fl.SparseMatrix.from_torch(A.to_dense()[:, order].to_sparse())
     got = fl.solve(shuffled, b, damp=damp, solver=fl.CGLS(preconditioner=fl.BlockJacobi(groups[order])))
     close(got.x, want.x[order], 1e-9)
@@ -43,32 +62,37 @@ def test_without_one_it_takes_far_more_iterations():
     assert plain > 20 * fl.solve(A, b, solver=fl.CGLS(preconditioner=fl.BlockJacobi(groups))).info.iterations
 
 
-@pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
-def test_a_callable_under_transformations(shape):
+def _callable(A):
+    D = A.to_dense()
+    gram = D.T @ D if D.shape[0] > D.shape[1] else D @ D.T
+    M = torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=torch.float64))
+    return lambda g: M @ g
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60)], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [_callable, fl.GramFactor, lambda A: fl.BlockJacobi(torch.arange(min(A.shape)) // 3)],
+    ids=["callable", "factor", "blocks"],
+)
+@pytest.mark.parametrize(
+    ("transform", "tolerance"),
+    [
+        (lambda f, v, b: vmap(f)(torch.stack([v, v * 1.01]), torch.stack([b, b + 1])), 1e-8),
+        (lambda f, v, b: vmap(f, (None, 0))(v, torch.stack([b, b + 1])), 1e-8),
+        (lambda f, v, b: jacrev(f)(v, b), 1e-8),
+        (lambda f, v, b: jacfwd(f)(v, b), 1e-8),
+        (lambda f, v, b: grad(lambda v: grad(lambda v: f(v, b).sum())(v).square().sum())(v), 1e-7),
+    ],
+    ids=["vmap", "vmap over b", "jacrev", "jacfwd", "grad of grad"],
+)
+def test_under_transformations(shape, make, transform, tolerance):
     pattern, values, b = problem(*shape)
-    A, n = fl.SparseMatrix(values, pattern), min(shape)
-    dense = A.to_dense()
-    gram = dense.T @ dense if shape[0] > n else dense @ dense.T
-    M = torch.linalg.inv(gram + 0.1 * torch.eye(n, dtype=torch.float64))
-    V, B = torch.stack([values, values * 1.01]), torch.stack([b, b + 1])
-    for solver in (
-        fl.CGLS(preconditioner=lambda g: M @ g),
-        fl.CGLS(preconditioner=fl.GramFactor(A)),
-        fl.CGLS(preconditioner=fl.BlockJacobi(torch.arange(n) // 3)),
-    ):
-
-        def f(v, b, solver=solver):
-            return fl.lstsq(fl.SparseMatrix(v, pattern), b, solver=solver)
-
-        def want(v, b):
-            return fl.lstsq(fl.SparseMatrix(v, pattern), b)
-
-        close(vmap(f)(V, B), vmap(want)(V, B))
-        close(vmap(f, (None, 0))(values, B), vmap(want, (None, 0))(values, B))
-        for transform in (jacrev, jacfwd):
-            close(transform(f)(values, b), transform(want)(values, b))
-        twice = grad(lambda v, f=f: grad(lambda v: f(v, b).sum())(v).square().sum())
-        close(twice(values), grad(lambda v: grad(lambda v: want(v, b).sum())(v).square().sum())(values), 1e-7)
+    solver = fl.CGLS(preconditioner=make(fl.SparseMatrix(values, pattern)))
+    f, want = (
+        lambda v, b, solver=solver: fl.lstsq(fl.SparseMatrix(v, pattern), b, solver=solver) for solver in (solver, None)
+    )
+    close(transform(f, values, b), transform(want, values, b), tolerance)
 
 
 def test_a_factor_is_kept_for_near_matrices():
@@ -81,15 +105,15 @@ def test_a_factor_is_kept_for_near_matrices():
 
 
 def test_solvers_made_anew_for_every_step_are_not_kept():
-    from functional_lstsq import holder
+    from functional_lstsq.linear import settings
 
     pattern, values, b = problem(12, 4)
     A = fl.SparseMatrix(values, pattern)
-    before = len(holder._named)
+    before = len(settings._here)
     for _ in range(5):
         x = fl.lstsq(A, b, solver=fl.CGLS(preconditioner=fl.GramFactor(A)))
     assert x.isfinite().all()
-    assert len(holder._named) <= before + 1
+    assert len(settings._here) <= before + 1
 
 
 @pytest.mark.parametrize(
@@ -110,10 +134,13 @@ def test_a_bad_preconditioner_is_refused(preconditioner, error, words):
         fl.lstsq(fl.SparseMatrix(values, pattern), b, solver=fl.CGLS(preconditioner=preconditioner))
 
 
-def test_bad_settings_of_preconditioners_are_refused():
-    for groups in (torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), [0, 1]):
-        with pytest.raises(TypeError, match="groups must be an integer tensor"):
-            fl.BlockJacobi(groups)
+@pytest.mark.parametrize("groups", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), [0, 1]], ids=str)
+def test_groups_that_are_none_are_refused(groups):
+    with pytest.raises(TypeError, match="groups must be an integer tensor"):
+        fl.BlockJacobi(groups)
+
+
+def test_bad_settings_of_a_factor_are_refused():
     with pytest.raises(TypeError, match="A must be a SparseMatrix"):
         fl.GramFactor("A")
     pattern, values, _ = problem(12, 4)
@@ -121,31 +148,39 @@ def test_bad_settings_of_preconditioners_are_refused():
         fl.GramFactor(fl.SparseMatrix(values, pattern), solver=fl.CGLS())
 
 
-def test_a_linear_operator_has_no_blocks_and_is_not_touched_to_say_so():
+@pytest.mark.parametrize("make", [lambda solver: solver, lambda solver: fl.Auto(cgls=solver)], ids=["cgls", "auto"])
+def test_a_linear_operator_has_no_blocks_and_is_not_touched_to_say_so(make):
     def matvec(params, x):
         raise AssertionError("there was no need to")
 
     A, solver = fl.LinearOperator(matvec, torch.ones(4), 4), fl.CGLS(preconditioner=fl.BlockJacobi(torch.arange(4)))
-    for given in (solver, fl.Auto(cgls=solver)):
-        with pytest.raises(TypeError, match=r"preconditioner must be .* for a LinearOperator, got a BlockJacobi"):
-            fl.lstsq(A, torch.ones(4), solver=given)
+    with pytest.raises(TypeError, match=r"preconditioner must be .* for a LinearOperator, got a BlockJacobi"):
+        fl.lstsq(A, torch.ones(4), solver=make(solver))
+
+
+def test_a_linear_operator_takes_a_factor():
     pattern, values, b = problem(12, 4)
     matrix = fl.SparseMatrix(values, pattern)
     A = fl.LinearOperator(lambda D, x: D @ x, matrix.to_dense(), 4)
     close(fl.lstsq(A, b, solver=fl.CGLS(preconditioner=fl.GramFactor(matrix))), fl.lstsq(matrix, b), 1e-9)
 
 
-@pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct()])
-def test_a_gram_factor_needs_full_rank(solver):
+@pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct()], ids=["auto", "dense", "direct"])
+@pytest.mark.parametrize(
+    "of",
+    [lambda A: A, lambda A: A.T, lambda A: A * torch.tensor([1.0, 0, 1, 1])],
+    ids=["tall", "wide", "a zero column"],
+)
+def test_a_gram_factor_needs_full_rank(solver, of):
     A = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     A[:, 3] = A[:, 0] - A[:, 1]
-    for D in (A, A.T, A * torch.tensor([1.0, 0, 1, 1])):
-        matrix = fl.SparseMatrix.from_torch(D.to_sparse())
-        with pytest.raises(fl.RankDeficientError, match=r"rank 3, not full rank 4\. Try: damp > 0"):
-            fl.GramFactor(matrix, solver=solver)
-        factor = fl.GramFactor(matrix, damp=0.1, solver=solver)
-        x = fl.lstsq(matrix, D.sum(1), damp=0.1, solver=fl.CGLS(preconditioner=factor))
-        close(x, fl.lstsq(matrix, D.sum(1), damp=0.1), 1e-9)
+    D = of(A)
+    matrix = fl.SparseMatrix.from_torch(D.to_sparse())
+    with pytest.raises(fl.RankDeficientError, match=r"rank 3, not full rank 4\. Try: damp > 0"):
+        fl.GramFactor(matrix, solver=solver)
+    factor = fl.GramFactor(matrix, damp=0.1, solver=solver)
+    x = fl.lstsq(matrix, D.sum(1), damp=0.1, solver=fl.CGLS(preconditioner=factor))
+    close(x, fl.lstsq(matrix, D.sum(1), damp=0.1), 1e-9)
 
 
 def test_a_preconditioner_cannot_hide_a_weak_direction():

@@ -11,7 +11,7 @@ from test_compile import run
 from torch.func import grad
 
 import functional_lstsq as fl
-from functional_lstsq.holder import Holder
+from functional_lstsq.linear.factor_cache import Holder
 
 
 @pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct(), fl.CGLS()], ids=repr)

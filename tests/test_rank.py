@@ -5,35 +5,33 @@ import itertools
 import mpmath
 import pytest
 import torch
-from helpers import close, full_pattern, with_singular_values
+from helpers import close, full_pattern, normal, with_singular_values
 from references import exact
 
 import functional_lstsq as fl
+from functional_lstsq.solvers import Solver
 
 
 @pytest.mark.parametrize("nullity", [1, 3, 8])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
-def test_rank_deficient(nullity, wide, dtype):
+@pytest.mark.parametrize("solver", [None, fl.Direct()])
+def test_rank_deficient(nullity, wide, dtype, solver):
     m, n = 30, 12
     generator = torch.Generator().manual_seed(nullity)
     left, right = (torch.randn(rows, n - nullity, dtype=dtype, generator=generator) for rows in (m, n))
     A = (right @ left.mH) if wide else left @ right.mH
     matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape))
     b = torch.randn(A.shape[0], 2, dtype=dtype, generator=generator)
-    for solver in (None, fl.Direct()):
-        with pytest.raises(fl.RankDeficientError, match=f"rank {n - nullity}, not full rank {n}.*take part"):
-            fl.lstsq(matrix, b, solver=solver)
+    with pytest.raises(fl.RankDeficientError, match=f"rank {n - nullity}, not full rank {n}.*take part"):
+        fl.lstsq(matrix, b, solver=solver)
     with pytest.raises(fl.RankDeficientError, match="rank below 12"):
         fl.lstsq(matrix, b, solver=fl.CGLS())
-    for solver in (None, fl.Direct()):
-        solution = fl.solve(matrix, b, rank_deficient="minimum_norm", solver=solver)
-        want = torch.linalg.pinv(A, rtol=1e-4 if dtype == torch.float32 else 1e-10) @ b
-        close(solution.x, want, 1e-3 if dtype == torch.float32 else 1e-10)
-        assert solution.info.rank.tolist() == [n - nullity] * 2
-        close(
-            fl.lstsq(matrix, b, damp=0.1, solver=solver), _ridge(A, b, 0.1), 1e-4 if dtype == torch.float32 else 1e-10
-        )
+    solution = fl.solve(matrix, b, rank_deficient="minimum_norm", solver=solver)
+    want = torch.linalg.pinv(A, rtol=1e-4 if dtype == torch.float32 else 1e-10) @ b
+    close(solution.x, want, 1e-3 if dtype == torch.float32 else 1e-10)
+    assert solution.info.rank.tolist() == [n - nullity] * 2
+    close(fl.lstsq(matrix, b, damp=0.1, solver=solver), _ridge(A, b, 0.1), 1e-4 if dtype == torch.float32 else 1e-10)
 
 
 def _ridge(A, b, damp):
@@ -90,7 +88,7 @@ def test_no_pair_of_equal_columns_escapes_the_iteration(pair):
     matrix, b = fl.SparseMatrix(A.reshape(-1), full_pattern(9, 5)), torch.ones(9, dtype=torch.float64)
     with pytest.raises(fl.RankDeficientError):
         fl.lstsq(matrix, b, solver=fl.CGLS())
-    A[:, pair[0]] += 1e-9 * torch.randn(9, dtype=torch.float64)
+    A[:, pair[0]] += 1e-9 * normal(9)
     with pytest.raises(torch.linalg.LinAlgError):
         fl.lstsq(fl.SparseMatrix(A.reshape(-1), full_pattern(9, 5)), b, solver=fl.CGLS())
 
@@ -106,8 +104,9 @@ def test_what_an_error_advises_is_not_refused():
     b, operator = torch.arange(6.0).double(), fl.LinearOperator(lambda A, x: A @ x, A, 2)
     with pytest.raises(fl.RankDeficientError) as refused:
         fl.lstsq(operator, b)
-    assert "rank_deficient" not in str(refused.value)
+    assert "rank_deficient='minimum_norm'" in str(refused.value)
     assert "damp > 0" in str(refused.value)
+    close(fl.lstsq(operator, b, rank_deficient="minimum_norm"), torch.linalg.pinv(A) @ b, 1e-10)
     close(fl.lstsq(operator, b, damp=0.1), _ridge(A, b, 0.1), 1e-10)
     first_column = fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 0]]), (6, 2))
     for pattern in (full_pattern(6, 2), first_column):
@@ -167,7 +166,7 @@ def test_a_pattern_that_allows_no_full_rank_is_told_before_any_work(wide):
         close(x, torch.linalg.pinv(A.to_dense()) @ b, 1e-12)
 
 
-class _Untouched:
+class _Untouched(Solver):
     def prepare(self, system, *, minimum_norm):
         raise AssertionError("there was no need to")
 
@@ -274,3 +273,15 @@ def test_least_norm_where_columns_differ_in_scale(solver):
     error = float((solution.x - truth).norm() / truth.norm())
     assert error < 1e-13
     assert error <= 10 * float(solution.info.forward_error)
+
+
+def test_a_row_of_a_wide_matrix_with_neither_weight_nor_damping():
+    A, b = torch.tensor([[1.0, 2, 3], [4, 5, 7]], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(fl.RankDeficientError, match="rank 1, not full rank 2"):
+        fl.lstsq(A.to_sparse(), b, weights=weights, damp=0.0)
+    solution = fl.solve(A.to_sparse(), b, weights=weights, damp=0.0, throw=False)
+    assert solution.info.status == "rank deficient"
+    assert solution.x.isnan().all()
+    x = fl.lstsq(A.to_sparse(), b, weights=weights, damp=0.0, rank_deficient="minimum_norm")
+    torch.testing.assert_close(x, A[1] / 90, rtol=1e-14, atol=0)

@@ -1,5 +1,7 @@
 """robust= of lstsq and solve: against dense reweighting and Newton's steps, with derivatives; and what it refuses."""
 
+from functools import cache
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -56,38 +58,66 @@ def reference(kind, v, b, damp=0.0, weights=None, t=T, newton=3):
     return x
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("solver", [None, *SOLVERS.values()], ids=["auto", *SOLVERS])
-def test_solutions(kind, solver):
+of_every_kind = pytest.mark.parametrize("kind", LOSSES)
+by_every_solver = pytest.mark.parametrize("solver", [None, *SOLVERS.values()], ids=["auto", *SOLVERS])
+
+
+@of_every_kind
+@by_every_solver
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"damp": 0.3}, {"weights": WEIGHTS}, {"damp": 0.3, "weights": WEIGHTS}],
+    ids=["plain", "damped", "weighted", "both"],
+)
+def test_solutions(kind, solver, options):
     A = fl.SparseMatrix(VALUES, PATTERN)
-    for options in ({}, {"damp": 0.3}, {"weights": WEIGHTS}, {"damp": 0.3, "weights": WEIGHTS}):
-        solution = fl.solve(A, B, robust=kind(T), solver=solver, **options)
-        want = reference(kind, VALUES, B, **options)
-        close(solution.x, want, 1e-12)
-        close(solution.residual, B - A @ want, 1e-11)
-        assert solution.info.status == "converged"
-        assert solution.info.method == "IRLS"
-        assert solution.info.forward_error < 1e-12
+    solution = fl.solve(A, B, robust=kind(T), solver=solver, **options)
+    want = reference(kind, VALUES, B, **options)
+    close(solution.x, want, 1e-12)
+    close(solution.residual, B - A @ want, 1e-11)
+    assert solution.info.status == "converged"
+    assert solution.info.method == "IRLS"
+    assert solution.info.forward_error < 1e-12
+
+
+@of_every_kind
+@by_every_solver
+def test_solutions_of_columns(kind, solver):
+    A = fl.SparseMatrix(VALUES, PATTERN)
     columns = torch.stack([B, B.flip(0), B.sin()], 1)
     got = fl.solve(A, columns, robust=kind(T), solver=solver)
     close(got.x, torch.stack([reference(kind, VALUES, b) for b in columns.T], 1), 1e-12)
     assert got.info.forward_error.shape == (3,)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_derivatives_by_everything(kind):
-    inputs = (VALUES, B, torch.tensor(0.3, dtype=D), WEIGHTS, T)
-    f = lambda *a: fit(kind, *a)  # noqa: E731
-    assert gradcheck(f, tuple(a.clone().requires_grad_() for a in inputs), fast_mode=True)
-    every = (0, 1, 2, 3, 4)
-    want = jacrev(lambda *a: reference(kind, *a), every)(*inputs)
-    for mode in (jacrev, jacfwd):
-        for one, other in zip(mode(f, every)(*inputs), want, strict=True):
-            close(one, other, 1e-9)
+INPUTS = {"values": VALUES, "b": B, "damp": torch.tensor(0.3, dtype=D), "weights": WEIGHTS, "threshold": T}
+
+
+@cache
+def jacobians(kind, mode):
+    """By each of `INPUTS`; of the reference where there is no mode."""
+    of = reference if mode is None else fit
+    found = (mode or jacrev)(lambda *a: of(kind, *a), tuple(range(len(INPUTS))))(*INPUTS.values())
+    return dict(zip(INPUTS, found, strict=True))
+
+
+@of_every_kind
+@pytest.mark.parametrize("mode", [jacrev, jacfwd], ids=["jacrev", "jacfwd"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_derivatives_by_everything(kind, mode, name):
+    close(jacobians(kind, mode)[name], jacobians(kind, None)[name], 1e-9)
+
+
+@of_every_kind
+def test_derivatives_by_differences(kind):
+    inputs = tuple(a.clone().requires_grad_() for a in INPUTS.values())
+    assert gradcheck(lambda *a: fit(kind, *a), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize(("mix", "name"), [*mixes(2), *list(mixes(3))[2:4]])
+@pytest.mark.parametrize(
+    ("mix", "name"), [*mixes(2), *(pytest.param(*mix, marks=pytest.mark.slow) for mix in list(mixes(3))[2:4])]
+)
 def test_derivatives_of_every_mix(kind, mix, name):
     def along(f):
         return lambda s: f(kind, VALUES * (1 + s[0]), B + s[1:].repeat(6), 0.3 + s[0], WEIGHTS).sin()
@@ -128,14 +158,14 @@ def test_it_is_a_stationary_point_of_no_more_cost(n, more, kind, t, seed):
     assert cost(solution.x) <= cost(plainly) * (1 + 1e-12)
 
 
-def test_a_threshold_far_below_the_noise():
-    g = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        Ad = torch.randn(60, 3, generator=g, dtype=D)
-        b = Ad @ tensor(1.0, -2, 3) + 0.3 * torch.randn(60, generator=g, dtype=D)
-        x = fl.lstsq(fl.SparseMatrix.from_torch(Ad.to_sparse()), b, robust=fl.Cauchy(0.1))
-        slope = grad(lambda x: rho(fl.Cauchy, b - Ad @ x, tensor(0.1)[0]).sum())(x)  # noqa: B023
-        assert slope.norm() < 1e-12
+@pytest.mark.parametrize("seed", range(5))
+def test_a_threshold_far_below_the_noise(seed):
+    g = torch.Generator().manual_seed(seed)
+    Ad = torch.randn(60, 3, generator=g, dtype=D)
+    b = Ad @ tensor(1.0, -2, 3) + 0.3 * torch.randn(60, generator=g, dtype=D)
+    x = fl.lstsq(fl.SparseMatrix.from_torch(Ad.to_sparse()), b, robust=fl.Cauchy(0.1))
+    slope = grad(lambda x: rho(fl.Cauchy, b - Ad @ x, tensor(0.1)[0]).sum())(x)
+    assert slope.norm() < 1e-12
 
 
 def test_thresholds_beyond_all_residuals_change_nothing():
@@ -144,12 +174,12 @@ def test_thresholds_beyond_all_residuals_change_nothing():
     close(fl.lstsq(A, B, robust=fl.Cauchy(1e9)), fl.lstsq(A, B), 1e-9)
 
 
-def test_a_start_decides_between_minima():
+@pytest.mark.parametrize("start", [0.0, 10.0])
+def test_a_start_decides_between_minima(start):
     A = fl.SparseMatrix.from_torch(torch.ones(6, 1, dtype=D).to_sparse())
     b = torch.tensor([0.0, 0.1, -0.1, 10.0, 10.1, 9.9], dtype=D)
-    for start in (0.0, 10.0):
-        x = fl.lstsq(A, b, robust=fl.Cauchy(0.5), x0=torch.tensor([start], dtype=D))
-        assert abs(float(x) - start) < 0.1
+    x = fl.lstsq(A, b, robust=fl.Cauchy(0.5), x0=torch.tensor([start], dtype=D))
+    assert abs(float(x) - start) < 0.1
 
 
 def test_single_precision():
@@ -158,37 +188,43 @@ def test_single_precision():
     close(x.double(), reference(fl.Huber, VALUES, B), 1e-5)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_exact_fits_and_huge_outliers(kind):
+def drawn():
+    """(the generator, A, x)"""
     g = torch.Generator().manual_seed(1)
-    Ad = torch.randn(40, 4, generator=g, dtype=D)
-    exact, A = torch.randn(4, generator=g, dtype=D), fl.SparseMatrix.from_torch(Ad.to_sparse())
-    solution = fl.solve(A, Ad @ exact, robust=kind(0.3))
-    close(solution.x, exact, 1e-13)
-    for size in (1e4, 1e8, 1e12):  # which squares would see, and nothing else
-        b = Ad @ exact + 0.1 * torch.randn(40, generator=g, dtype=D)
-        b[::5] += size * torch.randn(8, generator=g, dtype=D)
-        solution = fl.solve(A, b, robust=kind(0.3))
-        again = fl.lstsq(A, b, robust=kind(0.3), x0=solution.x)
-        assert (again - solution.x).norm() <= 10 * solution.info.forward_error * again.norm()
-        assert (solution.x - exact).norm() < 0.2 * exact.norm()
+    return g, torch.randn(40, 4, generator=g, dtype=D), torch.randn(4, generator=g, dtype=D)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_ill_conditioned_ones_are_right_or_refused(kind):
-    for condition in (1e3, 1e6, 1e9, 1e12):
-        s = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 4, dtype=D)
-        Ad, pattern = with_singular_values(s, 15)
-        b = Ad @ torch.ones(4, dtype=D) + 0.1 * torch.cos(torch.arange(15, dtype=D)) + 5 * (torch.arange(15) == 3)
-        solution = fl.solve(fl.SparseMatrix(Ad.reshape(-1), pattern), b, robust=kind(0.1), throw=False)
-        if condition <= 1e6:
-            assert solution.info.status == "converged"
-        if solution.info.status == "converged":
-            x = solution.x
-            for _ in range(3):  # in long double there is none: Newton's steps measure what is left
-                cost = lambda x: rho(kind, b - Ad @ x, torch.tensor(0.1, dtype=D)).sum()  # noqa: E731,B023
-                x = x - torch.linalg.solve(hessian(cost)(x), grad(cost)(x))
-            assert (x - solution.x).norm() <= 10 * solution.info.forward_error * x.norm()
+@of_every_kind
+def test_exact_fits(kind):
+    _, Ad, exact = drawn()
+    close(fl.lstsq(Ad.to_sparse(), Ad @ exact, robust=kind(0.3)), exact, 1e-13)
+
+
+@of_every_kind
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e12])
+def test_huge_outliers_which_squares_would_see_and_nothing_else(kind, size):
+    g, Ad, exact = drawn()
+    A, b = Ad.to_sparse(), Ad @ exact + 0.1 * torch.randn(40, generator=g, dtype=D)
+    b[::5] += size * torch.randn(8, generator=g, dtype=D)
+    solution = fl.solve(A, b, robust=kind(0.3))
+    again = fl.lstsq(A, b, robust=kind(0.3), x0=solution.x)
+    assert (again - solution.x).norm() <= 10 * solution.info.forward_error * again.norm()
+    assert (solution.x - exact).norm() < 0.2 * exact.norm()
+
+
+@of_every_kind
+@pytest.mark.parametrize("decades", [3, 6, 9, 12])
+def test_ill_conditioned_ones_are_right_or_refused(kind, decades):
+    Ad, pattern = with_singular_values(torch.logspace(0, -decades, 4, dtype=D), 15)
+    b = Ad @ torch.ones(4, dtype=D) + 0.1 * torch.cos(torch.arange(15, dtype=D)) + 5 * (torch.arange(15) == 3)
+    solution = fl.solve(fl.SparseMatrix(Ad.reshape(-1), pattern), b, robust=kind(0.1), throw=False)
+    if decades <= 6:
+        assert solution.info.status == "converged"
+    if solution.info.status == "converged":
+        x, cost = solution.x, lambda x: rho(kind, b - Ad @ x, torch.tensor(0.1, dtype=D)).sum()
+        for _ in range(3):  # in long double there is none: Newton's steps measure what is left
+            x = x - torch.linalg.solve(hessian(cost)(x), grad(cost)(x))
+        assert (x - solution.x).norm() <= 10 * solution.info.forward_error * x.norm()
 
 
 def test_what_fails_is_told():
@@ -208,15 +244,14 @@ def test_what_fails_is_told():
 
 A = fl.SparseMatrix(VALUES, PATTERN)
 BAD = [
-    ({"robust": "huber"}, TypeError, "robust must be None, Huber"),
-    ({"robust": fl.Huber}, TypeError, "robust must be None, Huber"),
+    ({"robust": "huber"}, TypeError, "robust must be None or one of Huber"),
+    ({"robust": fl.Huber}, TypeError, "robust must be None or one of Huber"),
     ({"robust": fl.Huber(0.0)}, ValueError, "threshold of robust must be positive and finite, got 0"),
     ({"robust": fl.Huber(float("nan"))}, ValueError, "threshold of robust must be positive and finite, got nan"),
     ({"robust": fl.Cauchy("1")}, TypeError, "threshold of robust must be a positive number"),
     ({"robust": fl.Cauchy(torch.ones(2))}, TypeError, r"threshold of robust must be .* got shape \(2,\)"),
     ({"b": B.to(torch.complex128)}, TypeError, "robust needs real A and b"),
     ({"A": A.T, "b": B[:3]}, ValueError, r"robust needs A with at least as many rows as columns, got shape \(3, 12\)"),
-    ({"rank_deficient": "minimum_norm"}, ValueError, "robust allows no rank_deficient='minimum_norm'"),
     ({"refine": "extended"}, ValueError, "robust allows no refine='extended'"),
     (
         {"A": fl.LinearOperator(lambda v, x: v @ x, torch.ones(12, 3).double(), 3)},

@@ -17,7 +17,7 @@ import pytest
 from functional_lstsq.cli import sources
 from functional_lstsq.cli.errors import BadInput
 from functional_lstsq.cli.files import read_matrix
-from functional_lstsq.cli.matrix_market import read
+from functional_lstsq.cli.formats import read
 
 REAL, ARRAY = (b"%%MatrixMarket matrix " + kind + b" real general\n" for kind in (b"coordinate", b"array"))
 A = REAL + b"2 3 3\n1 1 1.5\n2 3 -2\n2 1 1e-3\n"
@@ -52,8 +52,8 @@ OTHERS = {
     "zip": (b"PK\x03\x04" + A, "it is a zip archive: unpack it first"),
     "zstd": (b"\x28\xb5\x2f\xfd" + A, "it is compressed by zstd: unpack it first"),
     "UTF-16": (A.decode().encode("utf-16"), "it is in UTF-16: write it in ASCII or UTF-8"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, not in Matrix Market format"),
-    "MAT": (MATLAB, "it is a MAT file, not in Matrix Market format"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file; of MATLAB's, save it with -v7"),
+    "MAT": (MATLAB, "not a MAT file that can be read"),
     "nothing": (b"", "the file is empty"),
     "nothing, packed": (gzip.compress(b""), "the file is empty"),
     "gz cut short": (gzip.compress(A)[:-20], "end"),
@@ -61,8 +61,8 @@ OTHERS = {
     "bz2 cut short": (bz2.compress(A)[:-20], "end"),
     "xz cut short": (lzma.compress(A)[:-20], "end"),
     "xz that is damaged": (lzma.compress(A)[:30] + b"\xff" * 40 + lzma.compress(A)[70:], "corrupt"),
-    "tar without a matrix": (archive({"name/README": b"no"}), "one .mtx file is wanted, and it holds none"),
-    "tar with two": (archive({"a.mtx": A, "b.mtx": A}), "one .mtx file is wanted, and it holds a.mtx, b.mtx"),
+    "tar without a matrix": (archive({"name/README": b"no"}), "one .mtx or .rb file is wanted, and it holds none"),
+    "tar with two": (archive({"a.mtx": A, "b.mtx": A}), "one .mtx or .rb file is wanted, and it holds a.mtx, b.mtx"),
     "tar.gz cut short": (archive(COLLECTION, "w:gz")[:200], "end"),
 }
 
@@ -107,7 +107,7 @@ def piped(data, name, first=None):
     return json.loads(out) if out else err.decode()
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("name", ["-", pytest.param("/dev/stdin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["plain", "xz", "tar.gz"])
 def test_standard_input_may_be_packed_too(name, kind):
     if not os.path.exists("/dev/stdin") and name != "-":

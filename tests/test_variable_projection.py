@@ -109,6 +109,7 @@ def test_it_is_the_minimum_over_all_unknowns():
         close(got.residual, Y - torch.exp(-T[:, None] * want[:2]) @ want[2:], 1e-9)
 
 
+@pytest.mark.slow
 def test_derivatives_by_the_data_pass_gradcheck():
     t, y, columns, starts, _ = FITS["DanWood"]
 
@@ -196,3 +197,48 @@ def test_a_linear_operator_for_design():
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+LEVEL = torch.linspace(0, 4, 15, dtype=D)
+DECAY = 1 + 3 * torch.exp(-LEVEL / 2) + 0.02 * torch.sin(40 * LEVEL) + 1.0 * (torch.arange(15) == 4)
+
+
+def level_and_decay(p):
+    columns = torch.stack([torch.ones_like(LEVEL), torch.exp(-LEVEL * p[0])], 1)
+    return fl.SparseMatrix(columns.flatten(), full_pattern(15, 2))
+
+
+def robustly(robust):
+    """(p and x by variable projection, by gauss_newton over both), of data."""
+    start = tensor(0.3, 1.0, 3.0)
+
+    def separable(b):
+        fit = fl.variable_projection(level_and_decay, start[:1], b, robust=robust)
+        return torch.cat([fit.p, fit.x])
+
+    def together(b):
+        return fl.gauss_newton(lambda z, b: level_and_decay(z[:1]).matmul(z[1:]) - b, start, (b,), robust=robust).x
+
+    return separable, together
+
+
+def test_a_robust_loss_is_one_of_all_unknowns():
+    separable, together = robustly(fl.Huber(0.03))
+    close(separable(DECAY), together(DECAY), 1e-12)
+    close(jacrev(separable)(DECAY), jacrev(together)(DECAY), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("robust", [fl.Huber(scale="mad"), fl.Tukey(scale="huber")], ids=repr)
+def test_a_scale_is_estimated_with_all_unknowns(robust):
+    separable, together = robustly(robust)
+    close(separable(DECAY), together(DECAY), 1e-11)
+    close(jacrev(separable)(DECAY), jacrev(together)(DECAY), 1e-9)
+
+
+def test_a_weight_of_zero_has_a_derivative():
+    weights, start = torch.linspace(0, 2, 15, dtype=D), tensor(0.3, 1.0, 3.0)
+    of_p = lambda w: fl.variable_projection(level_and_decay, start[:1], DECAY, weights=w).p  # noqa: E731
+    both = lambda z: level_and_decay(z[:1]).matmul(z[1:]) - DECAY  # noqa: E731
+    of_all = lambda w: fl.gauss_newton(both, start, weights=w).x[:1]  # noqa: E731
+    close(jacrev(of_p)(weights), jacrev(of_all)(weights), 1e-10)

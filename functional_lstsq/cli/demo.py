@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import SparseMatrix, SparsePattern, lstsq, solve
+from .. import SparseMatrix, SparsePattern, eye, lstsq, solve, vstack
 from .output import Output, described, figures
 from .timing import warm_up
 
@@ -17,6 +18,7 @@ EXAMPLES = """\
   functional-lstsq demo
   functional-lstsq demo --json
 """
+_SIDE = 150  # stations along one side of the larger network
 
 
 def add_arguments(job: argparse.ArgumentParser) -> None:
@@ -86,5 +88,44 @@ def run(options: argparse.Namespace, out: Output) -> int:
         out.line(f"  {name:<20}{exact:+.8f}   {numeric:+.8f}   relative difference {difference:.0e}")
     if worst > 1e-5:
         return out.error(f"the gradient disagrees with finite differences by {worst:.0e}", 1)
-    out.record(command=NAME, **told, height=float(solution.x[-1]), gradient_difference=worst)
+    large = _large(out)
+    out.record(command=NAME, **told, height=float(solution.x[-1]), gradient_difference=worst, large=large)
     return 0
+
+
+def levelling_grid(side: int) -> SparseMatrix:
+    """Differences between neighbours on a square grid of side x side stations, and the height of the first."""
+    nodes = torch.arange(side * side).reshape(side, side)
+    along = torch.stack([nodes[:, :-1].reshape(-1), nodes[:, 1:].reshape(-1)])
+    ends = torch.cat([along, torch.stack([nodes[:-1].reshape(-1), nodes[1:].reshape(-1)])], 1)
+    count, size = ends.shape[1], side * side
+    pattern = SparsePattern(torch.stack([torch.arange(count).repeat(2), ends.reshape(-1)]), (count, size))
+    differences = SparseMatrix(torch.cat([-torch.ones(count), torch.ones(count)]).double(), pattern)
+    return vstack([differences, eye(1, size)])
+
+
+def _large(out: Output) -> dict[str, Any]:
+    """A network that no dense matrix would do for: how long each step takes, and why."""
+    A = levelling_grid(_SIDE)
+    m, n = A.shape
+    generator = torch.Generator().manual_seed(2)
+    heights = 100 * torch.rand(n, generator=generator, dtype=torch.float64)
+    b = A @ heights + 1e-3 * torch.randn(m, generator=generator, dtype=torch.float64)
+    out.line(
+        f"\nA larger one, a grid: {n} heights from {m - 1} differences; dense, A would take {8e-9 * m * n:.1f} GB.\n"
+    )
+    seconds, solution = {}, None
+    for name, compute in (
+        ("analysis, factor and solution", lambda: solve(A, b)),
+        ("the same on a pattern known by now", lambda: solve(A, b)),
+        ("solution and gradient by A and b", lambda: torch.func.grad(lambda A, b: lstsq(A, b)[-1], (0, 1))(A, b)),
+    ):
+        start = time.perf_counter()
+        result = compute()
+        seconds[name] = time.perf_counter() - start
+        solution = result if solution is None else solution
+    assert solution is not None
+    rows = [(name, f"{taken:.3f} s") for name, taken in seconds.items()]
+    error = float(solution.info.forward_error)
+    out.table([*rows, ("tried", solution.info.tried), ("estimated error", f"{error:.2e}   |x - exact| / |exact|")])
+    return {"rows": m, "columns": n, "seconds": seconds, "tried": solution.info.tried, "forward_error": error}

@@ -1,4 +1,4 @@
-"""Matrices, right-hand sides and weights out of Matrix Market files; what cannot be used is one line that says why."""
+"""Matrices, right-hand sides and weights out of files; what cannot be used is one line that says why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import SparseMatrix, SparsePattern
-from ..memory import available_bytes
+from ..solvers.memory import available_bytes
+from .content import Content
 from .errors import BadInput
-from .matrix_market import MatrixMarket, read
+from .formats import read
 
-__all__ = ["BadInput", "Compact", "compact", "matrix_of", "read_matrix", "read_right", "read_weights"]
+__all__ = ["BadInput", "Compact", "compact", "matrix_of", "read_bound", "read_matrix", "read_right", "read_weights"]
 
 
 def read_matrix(name: str) -> SparseMatrix:
@@ -22,7 +23,7 @@ def read_matrix(name: str) -> SparseMatrix:
     return matrix_of(read(name))
 
 
-def matrix_of(found: MatrixMarket) -> SparseMatrix:
+def matrix_of(found: Content) -> SparseMatrix:
     """The matrix of a file, in double precision; of an array what is not zero."""
     rows, columns, values = found.rows, found.columns, found.values
     if found.format == "array":
@@ -32,7 +33,7 @@ def matrix_of(found: MatrixMarket) -> SparseMatrix:
 
 def _read_columns(name: str, A: SparseMatrix, matrix: str, *, one: bool = False) -> np.ndarray:
     """The columns, or the one column, of a number for each row of A, which was read from the file `matrix`."""
-    found = read(name)
+    found = read(name).as_columns()
     m, k = found.shape
     if m != A.shape[0]:
         raise BadInput(f"{name} has {m} rows, {matrix} has {A.shape[0]}")
@@ -65,6 +66,36 @@ def read_weights(name: str | None, A: SparseMatrix, matrix: str) -> Tensor | Non
     if (found < 0).any():
         raise BadInput(f"{name} must hold no negative weight, got {found.min():g}")
     return torch.from_numpy(found[:, 0])
+
+
+def read_bound(given: str | None, option: str, A: SparseMatrix, matrix: str) -> float | Tensor | None:
+    """A number, or the numbers (n,) of a file, one for each column of A; None where nothing is given.
+
+    Files hold no infinity, so that 1e300 and more stands for it, as in files of linear programs.
+    """
+    if given is None:
+        return None
+    try:
+        number = float(given)
+    except ValueError:
+        number = None
+    if number is not None and np.isnan(number):
+        raise BadInput(f"argument {option}: must be a number, inf, -inf or a file, got {given}")
+    if number is not None:
+        return number
+    found, n = read(given), A.shape[1]
+    if found.shape != (n, 1):
+        rows, columns = found.shape
+        raise BadInput(
+            f"{given} must hold one column of {n} bounds, for the columns of {matrix}, got {rows} x {columns}"
+        )
+    if np.iscomplexobj(found.values) or np.isnan(found.values).any():
+        raise BadInput(
+            f"{given} must hold real bounds, got {'complex ones' if np.iscomplexobj(found.values) else 'NaN'}"
+        )
+    bound = np.zeros(n)
+    np.add.at(bound, found.rows, found.values)
+    return torch.from_numpy(np.where(np.abs(bound) >= 1e300, np.copysign(np.inf, bound), bound))
 
 
 class Compact(NamedTuple):

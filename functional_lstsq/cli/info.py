@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .. import CGLS, Auto, SparseMatrix, solve
+from .. import Auto, SparseMatrix, solve
 from ..result import RANK_DEFICIENT
 from ..solvers.auto import Prediction
-from ..solvers.gram import full_matching
+from ..solvers.sparse_factor import full_matching
 from .files import compact, matrix_of
-from .matrix_market import read
+from .formats import read
 from .output import Output, Progress, worst
 from .timing import warm_up
 from .words import line_of
@@ -47,8 +47,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
     plan = Auto().predict(A)
     told["plan"] = [step._asdict() for step in plan]
     if not options.no_condition:
-        with Progress(out) as progress:
-            told |= _solved(A, Auto(cgls=CGLS(callback=progress.step)))
+        with Progress(out):
+            told |= _solved(A, Auto())
     out.table(_rows(options.matrix, told, plan, out))
     out.record(command=NAME, matrix=options.matrix, **told)
     return 0

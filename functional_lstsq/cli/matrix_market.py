@@ -12,182 +12,36 @@ import inspect
 import io
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import scipy.io
 
-from ..memory import available_bytes
-from .errors import BadInput
-from .sources import opened
+from .content import Content
+from .market_header import BLANK, Header, Lines, shown
 
-FORMATS, FIELDS = ("coordinate", "array"), ("real", "double", "integer", "unsigned-integer", "complex", "pattern")
-SYMMETRIES = ("general", "symmetric", "skew-symmetric", "hermitian")
-_CHUNK = 2**20  # bytes that are looked at together, and that a line may have
-_OTHER = 2**26  # bytes of lines that are no entries
-_LARGEST = 2**53 - 1  # rows, columns or entries: indices are exact in double precision
-_ENTRY = 100  # bytes that an entry takes while it is read
 _SHAPES = 2**16  # of lines, that are remembered
 
 # With every digit as 0. An exponent by D is Fortran's; one without a letter, as in 1.733+02, is not of this format.
 _REAL = rb"[+-]?(?:0+\.?0*|\.0+)(?:[eEdD][+-]?0+)?"
 _VALUES = {"real": [_REAL], "integer": [rb"[+-]?0+"], "complex": [_REAL, _REAL], "pattern": []}
-_BLANK = re.compile(rb"[ \t]*\r?")
 _NO_NUMBER = re.compile(rb"(?i)[+-]?(?:inf|infinity|nan)")
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _PLAIN = bytes.maketrans(b"dD\t", b"ee ")
 _OPTIONS = {"spmatrix": False} if "spmatrix" in inspect.signature(scipy.io.mmread).parameters else {}
 
 
-class MatrixMarket(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-        shape: (m, n).
-        rows, columns: (entries,) of int64, from 0, what symmetry implies among them; of an array column by column.
-        values: (entries,) of float64 or complex128.
-        format, field, symmetry: as the first line has them.
-        stored: the number of entries in the file itself.
-    """
-
-    shape: tuple[int, int]
-    rows: np.ndarray
-    columns: np.ndarray
-    values: np.ndarray
-    format: str
-    field: str
-    symmetry: str
-    stored: int
+def read(name: str, file: io.BufferedReader) -> Content:
+    """Read an open file; `BadInput` says what is wrong with it, and in which line."""
+    lines = Lines(name, file)
+    header = Header.read(lines)
+    return _matrix(header, _numbers(lines, header))
 
 
-def read(name: str) -> MatrixMarket:
-    """Read a file, `-` for standard input; `BadInput` says what is wrong with it, and in which line."""
-    with opened(name) as file:
-        lines = _Lines(name, file)
-        header = _Header.read(lines)
-        return _matrix(header, _numbers(lines, header))
-
-
-class _Lines:
-    """The lines of a file: one by one at its beginning, later by the million. `number` is that of the last one."""
-
-    def __init__(self, name: str, file: io.BufferedReader):
-        self.name, self.number, self.other = name, 0, 0
-        self._chunks, self._left, self._at = self._read(file), b"", 0
-
-    def _read(self, file: io.BufferedReader) -> Iterator[bytes]:
-        rest = b""
-        while data := file.read(_CHUNK):
-            data = rest + data
-            end = data.rfind(b"\n") + 1
-            rest = data[end:]
-            if len(rest) > _CHUNK:
-                raise self.fail(f"a line of more than {_CHUNK} bytes", self.number + data.count(b"\n") + 1)
-            if end:
-                yield data[:end]
-        if rest:
-            yield rest + b"\n"
-
-    def one(self) -> bytes | None:
-        """The next line; None at the end."""
-        if self._at == len(self._left):
-            self._left, self._at = next(self._chunks, b""), 0
-        if not self._left:
-            return None
-        end = self._left.index(b"\n", self._at)
-        line, self._at = self._left[self._at : end], end + 1
-        self.number += 1
-        return line
-
-    def many(self) -> Iterator[list[bytes]]:
-        """All that follow, some thousands at a time."""
-        while chunk := self._left[self._at :] or next(self._chunks, b""):
-            self._left, self._at, lines = b"", 0, chunk[:-1].split(b"\n")
-            yield lines
-            self.number += len(lines)
-
-    def skip(self, size: int) -> None:
-        """Note so many bytes of lines without entries, which would otherwise have no end in a few compressed bytes."""
-        self.other += size
-        if self.other > _OTHER:
-            raise self.fail(f"more than {_OTHER} bytes of lines without entries", self.number)
-
-    def fail(self, what: str, line: int | None = None) -> BadInput:
-        return BadInput(f"cannot read {self.name}{'' if line is None else f', line {line}'}: {what}")
-
-
-class _Header(NamedTuple):
-    """The first line, and the one with the size."""
-
-    format: str
-    field: str
-    symmetry: str
-    kind: str  # of the values: real, integer, complex or pattern
-    m: int
-    n: int
-    entries: int  # that the file must have
-
-    @classmethod
-    def read(cls, lines: _Lines) -> _Header:
-        format, field, symmetry, kind = _banner(lines)
-        line: bytes | None = b"%"
-        while line is not None and (line.startswith(b"%") or _BLANK.fullmatch(line)):
-            lines.skip(len(line) + 1)
-            line = lines.one()
-        if line is None:
-            raise lines.fail("it ends before the line with its size")
-        words = re.split(rb"[ \t]+", line.removesuffix(b"\r").strip(b" \t"))
-        wanted = "rows, columns and entries" if format == "coordinate" else "rows and columns"
-        if len(words) != wanted.count(" ") or not all(re.fullmatch(rb"[0-9]{1,19}", word) for word in words):
-            raise lines.fail(
-                f"the line with the size must have the numbers of {wanted}, got {_shown(line)}", lines.number
-            )
-        m, n, *more = (int(word) for word in words)
-        if max(m, n, *more) > _LARGEST:
-            raise lines.fail(f"no size may be above {_LARGEST}, got {_shown(line)}", lines.number)
-        if symmetry != "general" and m != n:
-            raise lines.fail(f"what is {symmetry} must be square, got {m} x {n}", lines.number)
-        triangle = {"general": m * n, "skew-symmetric": n * (n - 1) // 2}.get(symmetry, n * (n + 1) // 2)
-        count = more[0] if more else triangle
-        room = available_bytes()
-        if _ENTRY * count > room:
-            raise lines.fail(
-                f"{count} entries take about {_ENTRY * count:.1e} bytes of memory, of {room:.1e} that are available",
-                lines.number,
-            )
-        return cls(format, field, symmetry, kind, m, n, count)
-
-
-def _banner(lines: _Lines) -> tuple[str, str, str, str]:
-    line = (lines.one() or b"").removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-    words = re.split("[ \t]+", line.removesuffix(b"\r").rstrip(b" \t").decode("ascii", "replace").lower())
-    if words[:1] != ["%%matrixmarket"]:
-        raise lines.fail("not a Matrix Market file, which begins with %%MatrixMarket", 1)
-    if len(words) != 5 or words[1] != "matrix":
-        raise lines.fail("the first line must be %%MatrixMarket matrix FORMAT FIELD SYMMETRY", 1)
-    format, field, symmetry = words[2:]
-    for what, word, known in (
-        ("FORMAT", format, FORMATS),
-        ("FIELD", field, FIELDS),
-        ("SYMMETRY", symmetry, SYMMETRIES),
-    ):
-        if word not in known:
-            raise lines.fail(f"{what} must be {', '.join(known[:-1])} or {known[-1]}, got {word!r}", 1)
-    kind = {"double": "real", "unsigned-integer": "integer"}.get(field, field)
-    impossible = {("array", "pattern"), ("pattern", "skew-symmetric")} | {
-        (kind, "hermitian") for kind in ("real", "integer", "pattern")
-    }
-    for pair in ((format, kind), (kind, symmetry)):
-        if pair in impossible:
-            raise lines.fail(f"{pair[0]} cannot go with {pair[1]}", 1)
-    return format, field, symmetry, kind
-
-
-def _numbers(lines: _Lines, header: _Header) -> np.ndarray:
+def _numbers(lines: Lines, header: Header) -> np.ndarray:
     """(count, tokens of a line), in double precision."""
     places = header.format == "coordinate"
     tokens = [rb"0+", rb"0+"] * places + _VALUES[header.kind]
-    grammar = re.compile(rb"[ \t]*" + rb"[ \t]+".join(tokens) + _BLANK.pattern)
+    grammar = re.compile(rb"[ \t]*" + rb"[ \t]+".join(tokens) + BLANK.pattern)
     good: set[bytes] = set()
     parts, count = [np.zeros((0, len(tokens)))], 0
     for every in lines.many():
@@ -197,7 +51,7 @@ def _numbers(lines: _Lines, header: _Header) -> np.ndarray:
         bad = {shape for shape in new if not grammar.fullmatch(shape)}
         good = (good if len(good) < _SHAPES else set()) | (new - bad)
         if bad:
-            kept = [i for i, shape in enumerate(shapes) if not _BLANK.fullmatch(shape)]
+            kept = [i for i, shape in enumerate(shapes) if not BLANK.fullmatch(shape)]
             chunk, where = [every[i] for i in kept], [where[i] for i in kept]
             for i, line, number in zip(kept, chunk, where, strict=True):
                 if shapes[i] in bad:
@@ -211,7 +65,7 @@ def _numbers(lines: _Lines, header: _Header) -> np.ndarray:
             for wrong, what in _faults(found, header, count):
                 if wrong.any():
                     k = int(wrong.argmax())
-                    raise lines.fail(f"{what}, got {_shown(chunk[k])}", where[k])
+                    raise lines.fail(f"{what}, got {shown(chunk[k])}", where[k])
             parts.append(found)
         count += len(chunk)
     if count < header.entries:
@@ -219,7 +73,7 @@ def _numbers(lines: _Lines, header: _Header) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _parsed(chunk: list[bytes], header: _Header) -> np.ndarray:
+def _parsed(chunk: list[bytes], header: Header) -> np.ndarray:
     """The numbers of lines that are known to have the right shape."""
     text = b"\n".join(chunk).translate(_PLAIN, b"\r") + b"\n"
     count, m, n = len(chunk), header.m, header.n
@@ -238,7 +92,7 @@ def _parsed(chunk: list[bytes], header: _Header) -> np.ndarray:
     return np.stack(numbers, 1)
 
 
-def _faults(found: np.ndarray, header: _Header, before: int) -> Iterator[tuple[np.ndarray, str]]:
+def _faults(found: np.ndarray, header: Header, before: int) -> Iterator[tuple[np.ndarray, str]]:
     """(which entries are wrong, what they should be), for all that the grammar does not see, after so many `before`."""
     yield ~np.isfinite(found).all(1), "numbers must be in the range of double precision"
     real = "what is hermitian has real numbers on the diagonal"
@@ -249,8 +103,9 @@ def _faults(found: np.ndarray, header: _Header, before: int) -> Iterator[tuple[n
             yield on_diagonal & (found[:, 1] != 0), real
         return
     row, column = found[:, 0], found[:, 1]
-    yield (row < 1) | (row > header.m), f"a row must lie between 1 and {header.m}"
-    yield (column < 1) | (column > header.n), f"a column must lie between 1 and {header.n}"
+    for name, index, size in (("row", row, header.m), ("column", column, header.n)):
+        yield index < 1, f"a {name} must lie between 1 and {size}, since indices count from 1"
+        yield index > size, f"a {name} must lie between 1 and {size}"
     if header.symmetry == "skew-symmetric":
         yield row <= column, "what is skew-symmetric has entries below the diagonal only"
     elif header.symmetry != "general":
@@ -259,7 +114,7 @@ def _faults(found: np.ndarray, header: _Header, before: int) -> Iterator[tuple[n
         yield (row == column) & (found[:, 3] != 0), real
 
 
-def _fault(line: bytes, header: _Header) -> str:
+def _fault(line: bytes, header: Header) -> str:
     """What is wrong with a line that has not the right shape."""
     if line.lstrip(b" \t").startswith(b"%"):
         return "comments must stand before the line with the size"
@@ -269,10 +124,10 @@ def _fault(line: bytes, header: _Header) -> str:
         header.kind, ["value"]
     )
     if len(words) != len(wanted):
-        return f"an entry must be {', '.join(wanted)}: {len(wanted)} numbers, got {_shown(line)}"
+        return f"an entry must be {', '.join(wanted)}: {len(wanted)} numbers, got {shown(line)}"
     for word, what in zip(words, wanted, strict=True):
         if _NO_NUMBER.fullmatch(word):
-            return f"{what} must be finite, got {_shown(word)}"
+            return f"{what} must be finite, got {shown(word)}"
         if not re.fullmatch(
             rb"[0-9]+" if what in ("row", "column") else _VALUES[header.kind][0].replace(b"0", b"[0-9]"), word
         ):
@@ -283,11 +138,11 @@ def _fault(line: bytes, header: _Header) -> str:
                 if header.kind == "integer"
                 else "a number"
             )
-            return f"{what} must be {kind}, got {_shown(word)}"
-    return f"numbers must be separated by blanks, got {_shown(line)}"
+            return f"{what} must be {kind}, got {shown(word)}"
+    return f"numbers must be separated by blanks, got {shown(line)}"
 
 
-def _matrix(header: _Header, found: np.ndarray) -> MatrixMarket:
+def _matrix(header: Header, found: np.ndarray) -> Content:
     """All entries, with those that symmetry implies."""
     m, n, symmetry = header.m, header.n, header.symmetry
     if header.format == "coordinate":
@@ -307,11 +162,4 @@ def _matrix(header: _Header, found: np.ndarray) -> MatrixMarket:
         mirrored = {"skew-symmetric": np.negative, "hermitian": np.conj}.get(symmetry, np.asarray)(values[off])
         rows, columns = np.concatenate([rows, columns[off]]), np.concatenate([columns, rows[off]])
         values = np.concatenate([values, mirrored])
-    return MatrixMarket((m, n), rows, columns, values, header.format, header.field, symmetry, header.entries)
-
-
-def _shown(text: bytes) -> str:
-    """A piece of a file in a message, with nothing in it that a terminal would obey."""
-    shown = text.strip().decode("ascii", "backslashreplace")
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
-    return repr(shown if len(shown) <= 60 else shown[:57] + "...").replace("\\\\", "\\")
+    return Content((m, n), rows, columns, values, header.format, header.field, symmetry, header.entries)

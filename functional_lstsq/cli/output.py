@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import Solution, SparseMatrix, command
+from .. import Solution, SparseMatrix, progress
+from ..solvers.watching import Step
+from . import command
 
 _COLOURS = {"green": 32, "yellow": 33, "red": 31}
 
@@ -90,14 +92,18 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bar = tqdm(desc="iterating", unit=" it", delay=1.0, disable=self.disable, leave=False)
+        self.watch: Any = contextlib.nullcontext() if self.bar.disable else progress(self.step)
+        self.watch.__enter__()
         return self
 
-    def step(self, iteration: int, gradient: float) -> None:
-        """Called by the solver after each iteration."""
-        self.bar.set_postfix(gradient=f"{gradient:.1e}", refresh=False)
+    def step(self, step: Step) -> None:
+        """Called after each step."""
+        self.bar.set_description(step.phase, refresh=False)
+        self.bar.set_postfix(gradient=f"{step.error:.1e}", refresh=False)
         self.bar.update()
 
     def __exit__(self, *_: object) -> None:
+        self.watch.__exit__(None, None, None)
         self.bar.close()
 
 
@@ -132,17 +138,19 @@ def figures(A: SparseMatrix, b: Tensor, solution: Solution, seconds: float) -> d
 def described(told: dict[str, Any], out: Output) -> list[tuple[str, str]]:
     """The same as rows of a table."""
     m, n, columns = told["rows"], told["columns"], told["right_hand_sides"]
-    kind, scaled = ("least squares", "columns") if m >= n else ("least norm", "rows")
+    kind, scaled = ("least squares", "columns") if m >= n or "at_lower" in told else ("least norm", "rows")
+    at_bounds = [("at bounds", f"{told['at_lower']} lower, {told['at_upper']} upper")] if "at_lower" in told else []
     of_worst = ", figures of the worst" if columns > 1 else ""
     return [
         ("problem", f"{kind}, {m} x {n}, {told['entries']} entries, right-hand sides: {columns}{of_worst}"),
         ("status", out.status(told["status"])),
         ("method", told["method"]),
         ("tried", told["tried"]),
+        *at_bounds,
         ("iterations", f"{told['iterations']}"),
         ("residual", f"{told['residual']:.2e}   |A x - b| / |b|"),
         ("optimality", f"{told['optimality']:.2e}   |A^H r| / (|A| |r|)"),
         ("estimated error", f"{told['forward_error']:.2e}   |x - exact| / |exact|"),
         ("condition", f"{told['condition']:.2e}   {scaled} scaled"),
-        ("seconds", f"{told['seconds']:.3f}"),
+        ("seconds", f"{told['seconds']:.3f}   of solving, reading and compiling left out"),
     ]

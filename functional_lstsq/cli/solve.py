@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
 from .. import solve as solve_problem
 from .errors import BadInput
-from .files import Compact, compact, read_matrix, read_right, read_weights
+from .files import Compact, compact, read_bound, read_matrix, read_right, read_weights
 from .output import Output, Progress, described, figures
 from .sources import STANDARD
 from .timing import warm_up
@@ -24,6 +25,7 @@ EXAMPLES = """\
   functional-lstsq solve A.mtx.gz b.mtx -o x.mtx
   functional-lstsq solve A.mtx b.mtx --weights w.mtx --gradient G.mtx  # d sum(x) / d A
   functional-lstsq solve A.mtx b.mtx --weights w.mtx --robust huber
+  functional-lstsq solve A.mtx b.mtx --lower 0 --upper u.mtx
   curl -s URL/A.tar.gz | functional-lstsq solve - -o - > x.mtx
   functional-lstsq solve A.mtx b.mtx --minimum-norm --json | jq .forward_error
 """
@@ -47,6 +49,11 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
         "units of residual times sqrt(weight); default: 1.345 for huber, 2.385 for cauchy",
     )
     job.add_argument("--damp", type=float, metavar="D", help="damping, at least 0, in units of A")
+    job.add_argument("--nonnegative", action="store_true", help="no x below zero, as --lower 0")
+    job.add_argument(
+        "--lower", metavar="L", help="no x below this number, or below those of a file, one for each column"
+    )
+    job.add_argument("--upper", metavar="U", help="no x above this number, or those of a file; 1e300 for none")
     job.add_argument("--minimum-norm", action="store_true", help="accept A without full rank: the x of least norm")
     job.add_argument("--solver", choices=SOLVERS, default="auto", help="default: auto, by predicted cost")
     job.add_argument(
@@ -60,28 +67,35 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> int:
     """Read, solve, write, tell."""
     outputs = [options.output, options.gradient]
-    check_outputs([options.matrix, options.right, options.weights], outputs, json=options.json)
+    inputs = [options.matrix, options.right, options.weights, options.lower, options.upper]
+    check_outputs(inputs, outputs, json=options.json)
     if STANDARD in outputs:
         out.beside()
     loss = loss_of(options)
     whole = read_matrix(options.matrix)
     b = read_right(options.right, whole, options.matrix)
     weights = read_weights(options.weights, whole, options.matrix)
+    bounds = bounds_of(options, whole, b)
     if loss is not None:
         check_robust(options, whole, b)
-    A = compact(whole, any_rank=loss is None and (options.minimum_norm or bool(options.damp)))
+    if bounds is not None and whole.shape[0] < whole.shape[1]:
+        A = Compact(whole, None, None, whole.shape[1])  # an empty column need not be zero between bounds
+    else:
+        damped = bool(options.damp) and bounds is None
+        A = compact(whole, any_rank=loss is None and (options.minimum_norm or damped))
     right = A.A @ torch.ones(A.A.shape[1], dtype=whole.dtype) if b is None else A.of_rows(b)
     settings: dict[str, Any] = {
         "damp": options.damp,
         "weights": None if weights is None else A.of_rows(weights),
+        "bounds": bounds,
         "robust": loss,
         "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
         "refine": options.refine,
     }
-    warm_up(solver_of(options.solver, CGLS()), derivatives=bool(options.gradient), robust=loss)
+    settings["solver"] = solver_of(options.solver)
+    warm_up(settings["solver"], derivatives=bool(options.gradient), robust=loss)
     start = time.perf_counter()
-    with Progress(out) as progress:
-        settings["solver"] = solver_of(options.solver, CGLS(callback=progress.step))
+    with Progress(out):
         if options.gradient:
             gradient, solution = torch.func.grad(_loss, has_aux=True)(A.A, right, settings)
         else:
@@ -90,13 +104,17 @@ def run(options: argparse.Namespace, out: Output) -> int:
     told = figures(whole, right if b is None else b, left_out(A, b, solution), seconds)
     if options.damp:
         told["rank"] = min(whole.shape)  # of the matrix with its damping, empty rows and columns too
+    if bounds is not None:
+        told["at_lower"], told["at_upper"] = (int((solution.info.active == side).sum()) for side in (-1, 1))
     if options.output:
         x = A.of_columns(solution.x)
         write(options.output, x.reshape(x.shape[0], -1 if x.ndim == 2 else 1).numpy())
     if options.gradient:
         entries = gradient.values.resolve_conj().numpy()
         write(options.gradient, scipy.sparse.coo_array((entries, whole.pattern.indices.numpy()), whole.shape))
-    asked = {name: getattr(options, name) for name in ("weights", "robust", "threshold", "damp")}
+    asked = {name: getattr(options, name) for name in ("weights", "robust", "threshold", "damp", "lower", "upper")}
+    if options.nonnegative:
+        asked["lower"] = "0"
     told_too = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     out.table(described(told, out) + ([("asked for", told_too)] if told_too else []))
     out.record(command=NAME, matrix=options.matrix, **told, **asked, solution=options.output, gradient=options.gradient)
@@ -122,6 +140,29 @@ def check_robust(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None)
         raise BadInput(f"argument --robust: the matrix must have no more columns than rows, got {size}")
 
 
+def bounds_of(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None) -> tuple[Any, Any] | None:
+    """The bounds that are asked for; what they do not go with is refused in the words of the command line."""
+    if options.nonnegative and options.lower is not None:
+        raise BadInput("argument --nonnegative: not allowed with --lower")
+    given = "0" if options.nonnegative else options.lower
+    lower, upper = (
+        read_bound(given, "--lower", A, options.matrix),
+        read_bound(options.upper, "--upper", A, options.matrix),
+    )
+    if lower is None and upper is None:
+        return None
+    named = "--nonnegative" if options.nonnegative else "--lower" if lower is not None else "--upper"
+    if options.minimum_norm or options.robust:
+        raise BadInput(f"argument {named}: not allowed with {'--minimum-norm' if options.minimum_norm else '--robust'}")
+    if A.dtype.is_complex or (b is not None and b.is_complex()):
+        raise BadInput(f"argument {named}: the numbers must be real, got complex ones")
+    lower, upper = (-math.inf if lower is None else lower), (math.inf if upper is None else upper)
+    least, most = (torch.as_tensor(bound, dtype=torch.float64) for bound in (lower, upper))
+    if bool((least > most).any()):
+        raise BadInput(f"argument {named}: the lower bound must not be above the upper one")
+    return lower, upper
+
+
 def loss_of(options: argparse.Namespace) -> Any:
     """The robust loss that is asked for."""
     if options.robust is None:
@@ -132,9 +173,9 @@ def loss_of(options: argparse.Namespace) -> Any:
     return kind() if options.threshold is None else kind(options.threshold)
 
 
-def solver_of(name: str, cgls: CGLS) -> Any:
-    """The solver of that name; `cgls` wherever one iterates."""
-    return {"auto": Auto(cgls=cgls), "dense": Dense(), "direct": Direct(), "cgls": cgls}[name]
+def solver_of(name: str) -> Any:
+    """The solver of that name."""
+    return {"auto": Auto(), "dense": Dense(), "direct": Direct(), "cgls": CGLS()}[name]
 
 
 def _loss(A: SparseMatrix, b: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Solution]:

@@ -25,12 +25,10 @@ _UNPACKERS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
 _OTHERS = {
-    b"PK\x03\x04": "a zip archive: unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
     b"\xff\xfe": "in UTF-16: write it in ASCII or UTF-8",
     b"\xfe\xff": "in UTF-16: write it in ASCII or UTF-8",
-    b"\x89HDF": "an HDF5 file, not in Matrix Market format",
-    b"MATLAB 5": "a MAT file, not in Matrix Market format",
+    b"\x89HDF": "an HDF5 file; of MATLAB's, save it with -v7",
 }
 _TAR = slice(257, 262)  # where an archive says that it is one
 _FAULTS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
@@ -110,7 +108,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _from_archive(name: str, file: io.BufferedReader, stack: ExitStack) -> io.BufferedReader:
-    """The matrix in a tar archive: its only .mtx file, or else the one that has the name of its folder.
+    """The matrix in a tar archive: its only .mtx or .rb file, or else the one that has the name of its folder.
 
     So the archives of the SuiteSparse Matrix Collection are laid out, which hold right-hand sides too.
     """
@@ -121,17 +119,19 @@ def _from_archive(name: str, file: io.BufferedReader, stack: ExitStack) -> io.Bu
         chief = [found for found in every if PurePosixPath(found).stem == PurePosixPath(found).parent.name]
         if not every or (len(every) > 1 and len(chief) != 1):
             what = f"it holds {', '.join(every[:5])}" if every else "it holds none"
-            raise BadInput(f"cannot read {name}: of an archive one .mtx file is wanted, and {what}; unpack it first")
+            raise BadInput(
+                f"cannot read {name}: of an archive one .mtx or .rb file is wanted, and {what}; unpack it first"
+            )
         wanted = every[0] if len(every) == 1 else chief[0]
     for member, content in _matrices(file, stack):
         if wanted in (None, member.name):
             return io.BufferedReader(stack.enter_context(content), _BUFFER)
-    raise BadInput(f"cannot read {name}: of an archive one .mtx file is wanted, and it holds none")
+    raise BadInput(f"cannot read {name}: of an archive one .mtx or .rb file is wanted, and it holds none")
 
 
 def _matrices(file: io.BufferedReader, stack: ExitStack) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    """The .mtx files of an archive, each with its content, to be read before the next."""
+    """The .mtx and .rb files of an archive, each with its content, to be read before the next."""
     archive = stack.enter_context(tarfile.open(fileobj=file, mode="r|"))  # noqa: SIM115 (by the stack)
     for member in archive:
-        if member.isreg() and PurePosixPath(member.name).suffix == ".mtx":
+        if member.isreg() and PurePosixPath(member.name).suffix in (".mtx", ".rb"):
             yield member, archive.extractfile(member)

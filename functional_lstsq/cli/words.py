@@ -8,6 +8,7 @@ from .. import errors
 _WORDS: dict[str, str | None] = {
     errors.LEAST_NORM: "--minimum-norm for the solution of least norm",
     errors.LEAST_NORM_BY_FACTOR: "--minimum-norm with --solver auto, direct or dense for the solution of least norm",
+    errors.FIT_OF_LEAST_CHANGE: None,
     errors.BY_FACTOR: "--solver direct or dense",
     errors.BY_CGLS: "--solver cgls",
     errors.OTHER_SOLVER: "another --solver",
@@ -17,9 +18,10 @@ _WORDS: dict[str, str | None] = {
     errors.SEE: None,
     errors.MEMORY: None,
     errors.DOUBLE: None,
-    "another x0": None,
-    "another x0, nearer to a minimum": None,
-    "a larger threshold of a robust loss": "a larger --threshold",
+    errors.NAN: None,
+    errors.other_start("x0"): None,
+    errors.nearer_start("x0"): None,
+    errors.LARGER_THRESHOLD: "a larger --threshold",
 }
 
 

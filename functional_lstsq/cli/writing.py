@@ -18,7 +18,7 @@ import numpy as np
 import scipy.io
 import scipy.sparse
 
-from .. import command
+from . import command
 from .errors import BadInput, reason_of
 from .sources import STANDARD
 

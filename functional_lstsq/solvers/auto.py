@@ -17,45 +17,44 @@ import torch
 from torch import Tensor
 
 from ..errors import TooLarge
-from ..matrix import SparseMatrix, single
-from ..memory import fits, told_as_too_large
-from ..products import Operator
-from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, method_code
+from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, tried_code
+from ..sparse.matrix import SparseMatrix, single
+from ..sparse.plain_products import Operator
+from . import costs
+from .base import Factors, Solver
 from .cgls import CGLS, Iteration
 from .dense import Dense, factor_bytes
 from .direct import Direct, analyse
+from .memory import fits, told_as_too_large
 from .system import System, check_number
 
 _QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
-# Rough speeds on two cores; they decide an order and never an answer.
-_FLOPS = 2e10  # operations a second in a factor
-_PRODUCTS = 1e8  # multiplications a second in a sparse product of matrices
-_ORDERED = 1e6  # entries a second in an ordering
-_BYTES = 8e9  # bytes a second in a sparse product with vectors
-_CALLS = 1e-4  # seconds of an iteration on small problems
-_PASSES = 20  # over a dense factor, to use it and to know its condition number
-_PATIENCE = 100  # iterations whose time a factor must take for iterating to be tried before it
-_SOLVE = 2.2  # times the iterations that find a known solution, in a solve
-_FEW = 15  # of these iterations, at least
-_ANYWAY = 1e-2  # seconds of any solve, whatever its method
 _FEW_COLUMNS = "few columns"
-_FACTORED = 4  # iterations that take as long as a solve with a factor
+_DENSE = Dense()
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Solver):
     """`Dense` for few columns; else `CGLS` while it promises to take less than a factor, then `Direct` or `Dense`.
 
     Args:
         dense_columns: largest smaller dimension of A that is factored densely.
         dense_bytes: largest memory for the dense factors of a batch; None for half of what is available.
         cgls, direct: settings of these methods, where they are chosen.
+        factor: whether to factor wherever the factors fit into memory, and iterating is only a last resort: for factors
+            that serve many solves.
+
+    >>> import torch, functional_lstsq as fl
+    >>> A = fl.vstack([fl.eye(3), fl.eye(3)])
+    >>> fl.solve(A, torch.ones(6), solver=fl.Auto(dense_columns=2)).info.tried
+    'Dense (a factor would be dense)'
     """
 
     dense_columns: int = 500
     dense_bytes: float | None = None
     cgls: CGLS = field(default_factory=CGLS)
     direct: Direct = field(default_factory=Direct)
+    factor: bool = False
 
     def __post_init__(self):
         check_number("dense_columns", self.dense_columns)
@@ -63,47 +62,62 @@ class Auto:
         for name, kind in (("cgls", CGLS), ("direct", Direct)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}(...), got {getattr(self, name)!r}")
+        if not isinstance(self.factor, bool):
+            raise TypeError(f"factor must be True or False, got {self.factor!r}")
+        if self.cgls.steps is not None:
+            raise ValueError("cgls must have no steps, which stop short of a solution: use solver=CGLS(steps=...)")
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Chain:
         """Choose methods; the first is prepared when it is first needed."""
         return _Chain(self._plan_in_memory(system), system, minimum_norm)
 
     def plan(self, system: System) -> Iterator[_Step]:
-        """Methods in the order to try them; what is not asked for is not thought about."""
+        """Methods in the order to try them; what is not asked for is not thought about.
+
+        For a batch as for one of its matrices: times are those of one, memory is that of all.
+        """
         n, copies = system.n, system.copies
-        dense_fits = fits(factor_bytes(system), self.dense_bytes, system.A.device)
+        device = system.A.device
+        room = torch.tensor(fits(factor_bytes(system), self.dense_bytes, device), device=device)
+        dense_fits = bool(system.A.everywhere(room))
         if n <= self.dense_columns and dense_fits:
-            yield _Step(Dense(), _FEW_COLUMNS)
+            yield _Step(_DENSE, _FEW_COLUMNS)
+            return
+        if not system.A.has_entries:  # that a sparse factor could be made of: the rows are in several places
+            yield _Step(self.cgls, "no factor")
+            if n <= _QR_LIMIT and dense_fits:
+                yield _Step(_DENSE, "last resort")
             return
         analysis = analyse(system)
-        iteration = (24 * analysis.pattern.nnz + 64 * (system.m + n)) * copies / _BYTES
-        products = copies * analysis.products / _PRODUCTS
-        dense = products + copies * _dense_factor(n) if dense_fits else math.inf
+        iteration = costs.products_of_iteration(analysis.pattern.nnz, system.m, n)
+        products = costs.gram(analysis.products)
+        dense = products + costs.dense_factor(n) if dense_fits else math.inf
         sparse_fits = analysis.bytes_before <= self.direct.room
-        sparse = products + min(analysis.products, n**2) / _ORDERED if sparse_fits else math.inf
+        sparse = products + costs.ordering(min(analysis.products, n**2)) if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
-        if _PATIENCE * (iteration + _CALLS) < factor < math.inf:
-            yield _Step(_Tentative(self.cgls, factor / (iteration + _CALLS)), "a factor costs more", iteration, factor)
+        if not self.factor and costs.PATIENCE * costs.iteration(iteration) < factor < math.inf:
+            patience = factor / costs.iteration(iteration)
+            yield _Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
         if sparse < dense:
             if not (dense_fits and analysis.fill > n**2 / 4):  # half of what there is to fill
                 flops, size = analysis.predicted
-                sparse += copies * flops / _FLOPS
+                sparse += costs.sparse_factor(flops)
                 within = copies * size <= self.direct.room
                 choice, why = (self.direct, "") if within else (choice, "a factor would not fit into memory")
             factor = dense if isinstance(choice, Dense) else sparse
         if choice is not None:
             if tried and factor > 4 * tried:
-                patience = factor / (iteration + _CALLS)
-                yield _Step(_Tentative(self.cgls, patience), "a factor costs much more", iteration, factor)
+                patience = factor / costs.iteration(iteration)
+                yield _Step(self.cgls, "a factor costs much more", iteration, factor, patience=patience)
             why_this = "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less"
             yield _Step(choice, why_this, seconds=factor)
             if isinstance(choice, Dense) and sparse_fits:
                 yield _Step(self.direct, "ill-conditioned")
         yield _Step(self.cgls, why or "no factor", iteration)
         if n <= _QR_LIMIT and dense_fits:
-            yield _Step(Dense(), "last resort")
+            yield _Step(_DENSE, "last resort")
 
     def _plan_in_memory(self, system: System) -> Iterator[_Step]:
         """As `plan`; what has no memory to be thought about is iterated."""
@@ -118,7 +132,7 @@ class Auto:
 
         Cost: the analysis of the pattern, which is kept for a solve.
 
-        >>> import functional_lstsq as fl
+        >>> import torch, functional_lstsq as fl
         >>> [(step.method, step.reason) for step in fl.Auto().predict(torch.eye(3).to_sparse())]
         [('Dense', 'few columns')]
         """
@@ -131,7 +145,7 @@ class Auto:
         system = System(Operator(pattern, values[None]), None, torch.finfo(A.dtype).eps)
         steps = list(self.plan(system))
         if steps[0].reason == _FEW_COLUMNS:  # chosen without a thought of its cost
-            seconds = analyse(system).products / _PRODUCTS + _dense_factor(system.n)
+            seconds = costs.gram(analyse(system).products) + costs.dense_factor(system.n)
             steps = [steps[0]._replace(seconds=seconds)]
         return [step.prediction for step in steps]
 
@@ -152,107 +166,108 @@ class Prediction(NamedTuple):
     iteration: float
 
 
-def _dense_factor(n: int) -> float:
-    """Seconds, without those of A^H A."""
-    return n**3 / 3 / _FLOPS + 8 * _PASSES * n**2 / _BYTES
-
-
-@dataclass(frozen=True)
-class _Tentative:
-    """`CGLS` that gives up when its errors promise more iterations than `patience`."""
-
-    cgls: CGLS
-    patience: float
-
-    def prepare(self, system: System, *, minimum_norm: bool) -> Iteration:
-        return Iteration(self.cgls, system, self.patience)
-
-
 class _Step(NamedTuple):
     """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take.
 
-    `seconds` are those of its own factor, where they are known.
+    `seconds` are those of its own factor, where they are known. `CGLS` gives up when its errors promise more iterations
+    than `patience`.
     """
 
-    solver: Any
+    solver: Solver
     reason: str
     iteration: float = 0.0
     factor: float = math.inf
     seconds: float = math.nan
+    patience: float = math.inf
+
+    def prepare(self, system: System, *, minimum_norm: bool) -> Factors:
+        """Those of the solver."""
+        if isinstance(self.solver, CGLS):
+            return Iteration(self.solver, system, self.patience)
+        return self.solver.prepare(system, minimum_norm=minimum_norm)
 
     @property
     def prediction(self) -> Prediction:
-        iterates = isinstance(self.solver, (CGLS, _Tentative))
-        seconds = _ANYWAY + (self.factor if isinstance(self.solver, _Tentative) else self.seconds)
-        return Prediction(self.name, self.reason, seconds, self.iteration + _CALLS if iterates else math.nan)
+        iterates = isinstance(self.solver, CGLS)
+        seconds = costs.ANYWAY + (self.seconds if self.patience == math.inf else self.factor)
+        return Prediction(self.name, self.reason, seconds, costs.iteration(self.iteration) if iterates else math.nan)
 
     @property
     def name(self) -> str:
-        return "CGLS" if isinstance(self.solver, _Tentative) else type(self.solver).__name__
+        return "CGLS" if isinstance(self.solver, CGLS) else "Dense" if isinstance(self.solver, Dense) else "Direct"
 
-    def too_dear(self, prepared: Any, columns: int) -> bool:
+    def too_dear(self, prepared: Factors | None, columns: int) -> bool:
         """Whether so many right-hand sides are better left to a factor, by the iterations that are known of."""
         if self.factor == math.inf:
             return False
-        iterations = _FEW if prepared is None else float(prepared.iterations.max())
-        seconds = _SOLVE * iterations * columns * self.iteration / 2
-        return seconds > self.factor + _FACTORED * columns * self.iteration
+        iterations = float(prepared.iterations.max()) if isinstance(prepared, Iteration) else costs.FEWEST
+        seconds = costs.SOLVE * iterations * columns * self.iteration / 2
+        return seconds > self.factor + costs.FACTORED * columns * self.iteration
 
 
-class _Chain:
+class _Chain(Factors):
     """Solves by the first method whose answer is accepted; starts with the one that was, last time."""
 
     def __init__(self, plan: Iterator[_Step], system: System, minimum_norm: bool):
         self.plan, self.system, self.minimum_norm = plan, system, minimum_norm
         self.steps: list[_Step] = []
-        self.prepared: dict[int, Any] = {}
-        self.failures: dict[int, str] = {}
-        self.first, self.columns = 0, 1
+        self.prepared: dict[int, Factors] = {}
+        self.failures: dict[int, tuple[str, str, str]] = {}
+        self.first, self.columns, self.accept = 0, 1, Solver().threshold(system.precision)
 
-    def expect(self, columns: int) -> Any:
-        """Note how many right-hand sides there will be, and give what will solve for them as far as that is known."""
+    def expect(self, columns: int) -> None:
+        """Be told how many right-hand sides there will be: so many may be better left to a factor."""
         self.columns = columns
         step = self._step(self.first)
         if step is not None and step.too_dear(self.prepared.get(self.first), columns):
             step = self._step(self.first + 1)
-        return self.prepared.get(self.first, step.solver if step else None)
+        self.blockwise = step is not None and isinstance(step.solver, Direct)
 
-    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
+    def solve(
+        self, b: Tensor, c: Tensor, start: Tensor | None = None, *, judged: bool = True
+    ) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns."""
         best = None
         for index in itertools.count(self.first):
             step = self._step(index)
             if step is None:
                 break
-            said = f"{step.name} ({step.reason})"
+            said = step.name, step.reason
             try:
-                if index not in self.prepared and not step.too_dear(None, self.columns):
-                    self.prepared = {}  # one factor at a time
-                    with told_as_too_large():
-                        self.prepared[index] = step.solver.prepare(self.system, minimum_norm=self.minimum_norm)
-                if step.too_dear(self.prepared.get(index), self.columns):
-                    self.failures[index] = f"{said}: many right-hand sides"
-                    self.first = index + 1
-                    continue
                 with told_as_too_large():
-                    r, y, answer = self.prepared[index].solve(b, c, start)
+                    if index not in self.prepared and not step.too_dear(None, self.columns):
+                        self.prepared = {}  # one factor at a time
+                        self.prepared[index] = step.prepare(self.system, minimum_norm=self.minimum_norm)
+                    if step.too_dear(self.prepared.get(index), self.columns):
+                        self.failures[index] = *said, "many right-hand sides"
+                        self.first = index + 1
+                        continue
+                    r, y, answer = self.prepared[index].solve(b, c, start, judged=judged)
             except torch.linalg.LinAlgError as error:
                 if best is None and self._step(index + 1) is None:
                     raise
-                self.failures[index] = f"{said}: {'too large' if isinstance(error, TooLarge) else 'failed'}"
+                self.failures[index] = *said, "too large" if isinstance(error, TooLarge) else "failed"
                 continue
+            self.accept = self.prepared[index].accept
             settled = _settled(answer)
             done = bool(settled.all())
             worst = "" if done else STATUSES[int(answer.status[~settled].max())]
-            tried = [self.failures[i] for i in sorted(self.failures) if i < index] + [said]
-            answer = answer._replace(tried=torch.full_like(answer.status, method_code(", ".join(tried))))
+            tried = [self.failures[i] for i in sorted(self.failures) if i < index] + [(*said, "")]
+            answer = answer._replace(tried=torch.full_like(answer.status, tried_code(tried)))
             best = (r, y, answer) if best is None else _better(best, (r, y, answer))
             if done:
                 self.first = index
                 break
-            self.failures[index] = f"{said}: {worst}"
+            self.failures[index] = *said, worst
         assert best is not None
         return best
+
+    def reach(
+        self, b: Tensor, c: Tensor, start: Tensor | None, found: tuple[Tensor, Tensor, Report]
+    ) -> tuple[Tensor, Tensor, Report]:
+        """By the method that was used last."""
+        last = next(iter(self.prepared.values()), None)
+        return found if last is None else last.reach(b, c, start, found)
 
     def _step(self, index: int) -> _Step | None:
         while len(self.steps) <= index:
@@ -263,14 +278,13 @@ class _Chain:
         return self.steps[index]
 
     @property
-    def null(self) -> Tensor | None:
-        """An orthonormal basis of the null space, if the method that was used last found one."""
-        return next((factors.null for factors in self.prepared.values() if hasattr(factors, "null")), None)
+    def null(self) -> Any:  # type: ignore[override]
+        """Of the method that was used last."""
+        return next((factors.null for factors in self.prepared.values()), None)
 
     def dependent(self, p: int) -> list[int]:
-        """Some columns that take part in a dependence, where the method that was used last knows."""
-        known = [factors.dependent(p) for factors in self.prepared.values() if hasattr(factors, "dependent")]
-        return known[0] if known else []
+        """Of the method that was used last."""
+        return next((factors.dependent(p) for factors in self.prepared.values()), [])
 
 
 def _settled(answer: Report) -> Tensor:

@@ -1,44 +1,42 @@
 """Conjugate gradients on the extended normal equations, without a factor: for problems of any size.
 
-    A^H A x + d^2 x = A^H b - c,    r = b - A x      (columns scaled to norm about 1)
+    A^H A y + d^2 y = A^H b - c,    r = b - A y          (columns scaled to norm about 1)
 
-A small gradient says nothing of directions in which A is weak and which the iteration has not found yet. So before
-anything is solved, two problems with known random solutions are, side by side: the iteration goes on until those are
-found in every direction, which costs up to one solve per matrix and gives the extreme singular values. From then on
-|error| <= |gradient| / sigma_min^2 holds, and a last correction measures the error that is left.
+1. `certificate`: sigma_min and sigma_max of [A; d], from two problems with known random solutions, side by side, which
+   costs up to one solve for each matrix.
+2. `conjugate_gradients`, until |gradient| / sigma_min^2, a bound on the error, is what was asked for.
+3. `refinement`: a last correction measures the error that is left; where rounding asks for it, residuals are taken in
+   twice double precision.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..products import Operator
-from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT, Report, method_code
-from .conjugate import Normal, Run, cgls, iterate
-from .numerics import noise
-from .precondition import prepared
-from .refine import refine, report
-from .system import System, check_number, norm
+from ..result import RANK_DEFICIENT, Report, method_code
+from ..sparse.base import COARSE, norm
+from ..sparse.numerics import noise
+from .acceptance import report
+from .base import Factors, Solver
+from .certificate import Certificate
+from .conjugate_gradients import Normal, Run, cgls, iterate
+from .preconditioners import prepared
+from .refinement import ratio, refine
+from .single_precision import SINGLE_CONTRACTION
+from .stopped import Stopped
+from .system import System, check_number
 
-_CONTRACTION = 0.05  # of corrections after the first solve
-# Products in single precision take half the time where memory bounds them; corrections by them are right to some digits
-# while eps cond^2 is small, and refinement in double precision makes up the others (Carson, Higham, Pranesh, SIAM J.
-# Sci. Comput. 42(6), 2020).
-_SINGLE_CONTRACTION = 1e-4
-_SINGLE_CONDITION = 30
-_SINGLE_ENTRIES = 500_000
-_SINGLE_TERMS = 2000  # of a sum in single precision, whose rounding errors grow with them
-_SOLVES = 5  # a solve and its adjoint take about so many times the iterations that find the known solutions
+_CONTRACTION = 0.05  # of its error that a correction may leave, after the first, which goes to the tolerance at once
+_BOUND = 1e-9  # relative rounding errors that need no residuals in extended precision
 
 
 @dataclass(frozen=True)
-class CGLS:
+class CGLS(Solver):
     """Preconditioned conjugate gradients; each iteration is one product with A and one with A^H, for all columns.
 
     Args:
@@ -46,10 +44,20 @@ class CGLS:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3), or ten
             times the tolerance if that is larger.
         max_iterations: per run; an answer that is not reached by then raises `ConvergenceError`.
-        callback: called with (iteration, norm of the gradient) after every iteration.
+        callback: called with (iteration, norm of the gradient) after every iteration towards a solution, as many times
+            as `info.iterations` says; corrections begin at 1 again. `progress` tells of the search before it too.
         preconditioner: about (A^H A + damp^2)^-1, Hermitian and positive definite: `BlockJacobi`, a `GramFactor`, or
             any callable that takes g of shape (n, k) in double precision and gives as much; where A is wide, A A^H is
             meant. It is called with plain tensors, whatever the transformation. None: columns scaled to norm 1.
+        steps: stop early, as regularisation: after so many products with A and with A^H each, with no more spent, x is
+            the iterate of so many steps of CGLS, with unscaled columns unless there is a preconditioner (of
+            A^H A + damp^2, for a wide A too). Its status is "stopped as asked", it has no estimate of an error, and a
+            derivative of it is refused. For `lstsq` and `solve`.
+
+    >>> import torch, functional_lstsq as fl
+    >>> A = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)).to_sparse()
+    >>> fl.lstsq(A, torch.ones(3, dtype=torch.float64), solver=fl.CGLS(steps=1))
+    tensor([0.3077, 0.1538, 0.0769], dtype=torch.float64)
     """
 
     tolerance: float | None = None
@@ -57,233 +65,73 @@ class CGLS:
     max_iterations: int = 20_000
     callback: Callable[[int, float], object] | None = None
     preconditioner: Any = None
+    steps: int | None = None
 
     def __post_init__(self):
-        check_number("tolerance", self.tolerance, optional=True, below=1)
-        check_number("accept", self.accept, optional=True)
-        if not isinstance(self.max_iterations, int):
-            raise TypeError(f"max_iterations must be an integer, got {self.max_iterations!r}")
-        check_number("max_iterations", self.max_iterations)
+        check_number("tolerance", self.tolerance, optional=True, below=0.1)
+        check_number("accept", self.accept, optional=True, below=1)
+        for name, value in (("max_iterations", self.max_iterations), ("steps", self.steps)):
+            if not isinstance(value, int) and not (name == "steps" and value is None):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            check_number(name, value, optional=name == "steps")
+        if self.steps is not None and (self.tolerance is not None or self.accept is not None):
+            raise ValueError("steps say when to stop, and tolerance and accept say so too: give one of them")
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be callable, got {self.callback!r}")
         given = self.preconditioner
         if given is not None and (isinstance(given, type) or not (callable(given) or hasattr(given, "prepare"))):
             raise TypeError(f"preconditioner must be callable, or a BlockJacobi, got {given!r}")
 
-    def prepare(self, system: System, *, minimum_norm: bool) -> Iteration:
+    def prepare(self, system: System, *, minimum_norm: bool) -> Factors:
         """Find the extreme singular values of `system`; the result solves for any right-hand side."""
-        system.accept = self.accept or max(system.accept, 10 * (self.tolerance or 0))
-        return Iteration(self, system)
+        if self.steps is None:
+            return (
+                LeastNorm(self, system) if minimum_norm and system.A.steepest is not None else Iteration(self, system)
+            )
+        given = None if self.preconditioner is None else prepared(self.preconditioner, system)
+        return Stopped(system, self.steps, given, self.callback, self.threshold(system.precision))
+
+    def threshold(self, precision: float) -> float:
+        """As of every solver; at least ten times what was aimed at."""
+        return self.accept or max(super().threshold(precision), 10 * (self.tolerance or 0))
 
 
-def _longest(system: System) -> int:
-    """The number of entries in the fullest row or column."""
-    pattern = system.A.pattern
-    counts = (where.pointers.diff() for where in (pattern.rows, pattern.T.rows))
-    return pattern.keep("longest", lambda: max(int(count.max()) if len(count) else 0 for count in counts))
-
-
-class _Single(NamedTuple):
-    """What the iteration needs of a system, in single precision."""
-
-    A: Operator
-    d2: Tensor | None
-
-    @classmethod
-    def of(cls, system: System) -> _Single:
-        A, dtype = system.A, torch.complex64 if system.A.dtype.is_complex else torch.float32
-        return cls(Operator(A.pattern, A.values.to(dtype)), None if system.d2 is None else system.d2.float())
-
-
-class Iteration:
+class Iteration(Factors):
     """CGLS for one system, with the extreme singular values that certify its answers.
 
     Args:
         patience: iterations for a solve and its derivative above which it gives up, as soon as it expects them.
+        known: as of `Certificate`.
     """
 
-    def __init__(self, settings: CGLS, system: System, patience: float = float("inf")):
-        self.settings, self.system, self.patience = settings, system, patience
+    def __init__(self, settings: CGLS, system: System, patience: float = float("inf"), known: Tensor | None = None):
+        self.settings, self.system, self.accept = settings, system, settings.threshold(system.precision)
         self.target = settings.tolerance or (1e-11 if system.precision < 1e-10 else 1e-9)
-        large = system.entries >= _SINGLE_ENTRIES and system.accept < 1 and _longest(system) <= _SINGLE_TERMS
-        self.single = _Single.of(system) if large and settings.preconditioner is None else None
         self.given = None if settings.preconditioner is None else prepared(settings.preconditioner, system)
-        self._measure()
+        limit = settings.max_iterations
+        self.certificate = Certificate(system, self.given, limit=limit, patience=patience, known=known)
+        self.iterations = self.certificate.iterations  # by which others know what a solve costs
 
-    def _measure(self) -> None:
-        """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free.
-
-        Singular values are those of the matrix with columns of norm 1: y is measured as N y, with the norms N.
-        """
-        system = self.system
-        # Two of them: that both are blind to a direction takes a chance of one in a million.
-        known = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
-        self.whole = norm(system.norms * known)
-        self.smallest, self.largest = torch.full_like(self.whole, torch.inf), torch.ones_like(self.whole)
-        self.iterations, self.unfound = torch.zeros_like(self.whole), torch.zeros_like(self.whole, dtype=torch.bool)
-        if self.single is not None:
-            left = self._find(self.single, known)
-            if bool((self.largest < _SINGLE_CONDITION * self.smallest).all()):
-                known = left
-            else:  # rounding may have made the smallest too small: all over again
-                self.single, self.smallest = None, torch.full_like(self.smallest, torch.inf)
-        if self.single is None or bool(self._missed(known).any()):
-            known = self._find(system, known)
-        if self.given is not None:
-            self._look_for_the_weakest(self.given)
-        smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
-        self.smallest, self.largest = smallest, largest
-        self.deficient = smallest <= system.tolerance * largest
-        self.iterations = self.iterations.amax(1, keepdim=True)
-        self.unseen = ~self.deficient & (self._missed(known) | self.unfound).any(1, keepdim=True)
-        # So weak a direction is hidden in the rounding errors of A^H A.
-        self.failed = self.deficient | self.unseen | (smallest < 1e-7 * largest)
-
-    def _look_for_the_weakest(self, apply: Callable[[Tensor], Tensor]) -> None:
-        """Two steps of inverse iteration: a good preconditioner finds known solutions before singular values show.
-
-        A^H A z = v - g with |g| far below |v| / sqrt(n), in the plain norm, misses no direction, whatever the
-        preconditioner thinks of it: z is as large in it as v / sigma^2.
-        """
-        system = self.system
-        v = noise(system.scale.expand(-1, -1, 2)).to(system.A.dtype)
-        zero = torch.zeros((system.copies, system.m, 2), dtype=v.dtype, device=v.device)
-        goal = 1e-3 / system.n**0.5
-        for _ in range(2):
-            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            run = iterate(
-                system,
-                zero,
-                -v,
-                apply,
-                lambda r, y, g, gamma, live: norm(g) <= goal,
-                limit=self.settings.max_iterations,
-                drop=False,
-                callback=self.settings.callback,
-            )
-            left = norm(system.gradient(-system.A.matmul(run.y), run.y, -v))
-            self.unfound = self.unfound | ~(left <= 10 * goal)
-            v = torch.where(run.y.isfinite(), run.y, 0.0)
-            energy = norm(system.A.matmul(v)).square()
-            if system.d2 is not None:
-                energy = energy + norm(system.d2.sqrt() * v).square()
-            ratio = torch.where(energy > 0, energy.sqrt() / norm(system.norms * v), torch.inf)
-            self.smallest = torch.minimum(self.smallest, ratio)
-            self.iterations = self.iterations + run.iterations
-
-    def _missed(self, left: Tensor) -> Tensor:
-        # A direction that is missing altogether leaves an error of about |y| / sqrt(n).
-        return norm(self.system.norms * left) > 1e-3 / self.system.n**0.5 * self.whole
-
-    def _find(self, target: Normal, known: Tensor) -> Tensor:
-        """What is left of `known` when it has been solved for; notes extreme singular values on the way."""
-        system = self.system
-        real = torch.float64 if target is system else torch.float32
-        size = known.abs().amax(1, keepdim=True)  # single precision has a small range
-        wanted, norms = (known / size).to(target.A.dtype), system.norms.to(real)
-        b = target.A.matmul(wanted)
-        c = torch.zeros_like(wanted) if target.d2 is None else -target.d2 * wanted
-        whole, inverse = self.whole / size[:, 0], norms.square().reciprocal()
-
-        def energy_of(r: Tensor, missing: Tensor) -> Tensor:
-            """|[A; d] missing|"""
-            if target.d2 is None:
-                return norm(r)
-            return (norm(r).square() + norm(target.d2.sqrt() * missing).square()).sqrt()
-
-        at_first = norm(norms * wanted)
-        ratio = torch.where(at_first > 0, energy_of(b, wanted) / at_first, torch.inf)
-        self.smallest = torch.minimum(self.smallest, ratio.to(torch.float64))
-        threshold, errors = 1e-3 / system.n**0.5, []
-        # Below it is rounding: in single precision, of nothing; in double precision, of a matrix without full rank.
-        floor = 0.0 if target is system else 100 * torch.finfo(real).eps * energy_of(b, wanted)
-        # Few unknowns may all be found in one step, after which the ratio is one of rounding errors.
-        least = torch.finfo(real).eps ** 0.5 * whole if target is system else 0.0
-
-        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
-            missing = wanted - y
-            error, energy = norm(norms * missing), energy_of(r, missing)
-            gradient = gamma.sqrt() if self.given is None else norm(g / norms)
-            seen = ((energy > floor) | (target is system)) & (error > least)
-            ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
-            self.smallest = torch.minimum(self.smallest, ratio)
-            slope = torch.where(seen & (energy > 0), gradient / energy, 0.0)
-            self.largest = torch.maximum(self.largest, slope.to(torch.float64))
-            found = error <= threshold * whole
-            if target is not system and bool((self.largest > _SINGLE_CONDITION * self.smallest).any()):
-                return torch.ones_like(found)
-            errors.append(float((error / whole).max()) if self.patience < float("inf") else 0.0)
-            if self._hopeless(errors, threshold):
-                return torch.ones_like(found)
-            # One that proves a dependence ends the search of all.
-            smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
-            return found | (energy <= floor) | (smallest <= system.tolerance * largest)
-
-        settings = self.settings
-        run = iterate(
-            target,
-            b,
-            c,
-            self.given or (lambda g: g * inverse),
-            converged,
-            limit=settings.max_iterations,
-            drop=False,
-            callback=settings.callback,
-        )
-        self.iterations = self.iterations + run.iterations
-        return known - run.y.to(known.dtype) * size
-
-    def _hopeless(self, errors: list[float], threshold: float) -> bool:
-        """Whether the errors so far promise more iterations than there is patience for."""
-        if self.patience == float("inf") or len(errors) < 24 or min(errors[-1], errors[-9]) <= threshold:
-            return False
-        rate = math.log(errors[-9] / errors[-1]) / 8
-        expected = len(errors) + math.log(errors[-1] / threshold) / rate if rate > 0 else float("inf")
-        return _SOLVES * expected > self.patience
-
-    def solve(self, b: Tensor, c: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Report]:
+    def solve(
+        self, b: Tensor, c: Tensor, start: Tensor | None = None, *, judged: bool = True
+    ) -> tuple[Tensor, Tensor, Report]:
         """Solve K (r, y) = (b, c) in the scaled unknowns, from y = `start` if there is one."""
-        system, failed = self.system, self.failed
-        limited = self.unseen.expand(-1, b.shape[2])
-        # Where nothing can be certified nothing is iterated: a zero right-hand side ends at once.
-        given = b
+        system, certificate, accept = self.system, self.certificate, self.accept if judged else None
+        # Where nothing can be certified nothing is iterated: a right-hand side of zeros ends at once.
+        failed, given, of_c = certificate.failed, b, c
         b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
-        if start is not None:
-            weighed = system.weigh(b)
-            left = weighed - system.A.matmul(start)
-            # A start that is worse than none would leave rounding errors of its own size.
-            lost = norm(left).square() + (0.0 if system.d2 is None else norm(system.d2.sqrt() * start).square())
-            better = (lost < norm(weighed).square())[:, None]
-            start, left = torch.where(better, start, 0.0), torch.where(better, left, weighed)
-        first, contraction = True, _CONTRACTION if self.single is None else 20 * _SINGLE_CONTRACTION
-
-        def correct(b: Tensor | None, c: Tensor) -> Run:
-            nonlocal first, limited
-            assert b is not None
-            if first and start is not None:
-                b, c = left, c + system.damped(start)
-            if self.single is not None:
-                run = self._run_single(b, c)
-            else:
-                run = self._run(system, b, c, self.target if first else _CONTRACTION, start if first else None)
-            ran_out = run.iterations >= self.settings.max_iterations
-            # Other columns than those that were asked about are samples of rounding errors.
-            limited = limited | (ran_out if ran_out.shape == limited.shape else ran_out.any(1, keepdim=True))
-            if first and start is not None:
-                run = run._replace(y=start + run.y)
-            first = False
-            return run
-
+        correct = _Corrections(self, b, start)
         refined = refine(
             system,
             b,
             c,
             correct,
-            largest=self.largest,
-            smallest=self.smallest,
-            contraction=contraction,
+            largest=certificate.largest,
+            smallest=certificate.smallest,
+            contraction=_CONTRACTION if certificate.single is None else 20 * SINGLE_CONTRACTION,
             target=10 * self.target,
-            bound=1e-9,
+            bound=_BOUND,
+            accept=accept,
         )
         answer = report(
             system,
@@ -291,56 +139,179 @@ class Iteration:
             c,
             refined,
             method=method_code("cgls"),
-            largest=self.largest,
-            smallest=self.smallest,
+            largest=certificate.largest,
+            smallest=certificate.smallest,
             rank=torch.where(failed, -1, system.n),
-            limited=limited,
+            accept=accept,
+            limited=correct.limited,
         )
+        # Zeros solve for zeros, whatever A may be, unless a lack of rank leaves other solutions.
+        failed = failed & ~((system.A.largest(given) == 0) & (of_c == 0).all(1) & ~self.certificate.deficient)
         answer = answer._replace(
-            status=torch.where(failed, self._verdict(), answer.status),
+            condition=certificate.condition * torch.ones_like(answer.condition),
+            status=torch.where(failed, certificate.verdict(), answer.status),
+            residual_error=torch.where(failed, torch.inf, answer.residual_error),
             solution_error=torch.where(failed, torch.inf, answer.solution_error),
             iterations=torch.where(failed, self.iterations, answer.iterations),
             optimality=torch.where(failed, torch.nan, answer.optimality),
         )
         return torch.where(failed[:, None], given, refined.r), refined.y, answer  # r = b - A y for y = 0
 
-    def _verdict(self) -> Tensor:
-        """Why a matrix failed, before any right-hand side was seen."""
-        given_up = self.patience < float("inf")
-        ran_out = self.unseen & ((self.iterations >= self.settings.max_iterations) | given_up)
-        return torch.where(self.deficient, RANK_DEFICIENT, torch.where(ran_out, ITERATION_LIMIT, INACCURATE))
+    def reach(
+        self, b: Tensor, c: Tensor, start: Tensor | None, found: tuple[Tensor, Tensor, Report]
+    ) -> tuple[Tensor, Tensor, Report]:
+        """The iterate at which a run ends, where nothing was iterated for want of a certificate."""
+        (r, y, answer), system = found, self.system
+        missing = answer.optimality.isnan() & (answer.status != RANK_DEFICIENT)
+        if not bool(missing.any()):
+            return found
+        left, rest = system.weigh(b), c
+        if start is not None:
+            left, rest = left - system.A.matmul(start), c + system.damped(start)
+        run = self.run(system, left, rest, self.target, start)
+        reached = run.y if start is None else start + run.y
+        slope = norm(system.gradient(run.r, reached, c))
+        optimality = ratio(slope, self.certificate.largest * system.A.norm(run.r) + norm(c))
+        y = torch.where(missing[:, None], reached, y)
+        r = torch.where(missing[:, None], b - system.plain.matmul(y), r)
+        return (
+            r,
+            y,
+            answer._replace(
+                iterations=answer.iterations + torch.where(missing, run.iterations, 0.0),
+                optimality=torch.where(missing, optimality, answer.optimality),
+            ),
+        )
 
-    def _run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
-        # Relative to x, not to y, which may be far larger in other columns: |W e| <= |e| for the weights W <= 1. The
-        # norms N of the columns, which gamma knows of, are at least 1/2: |e| <= 2 |N e| <= 2 gradient / sigma_min^2.
+    def run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
+        """Iterate until the error of x is at most `tolerance` times |x|; of start + y, where there is a start.
+
+        x has the norm |D^-1 y|, here in units of min D^-1, in which an error of x is at most |e| for an error e of y.
+        The norms N of the columns are at least 1/2, so that |e| <= 2 |N e| <= 2 sqrt(gamma) / sigma_min^2: gamma is the
+        square of the gradient in the norm of N^-2, the preconditioner.
+        """
         norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
-        inverse, eps = norms.square().reciprocal(), torch.finfo(b.dtype).eps
-        limit = tolerance / 2 * self.smallest.square()
-        # Of A^H r alone: beside a large damping A is far smaller than [A; d].
-        size = torch.minimum(self.largest, self.system.size)
+        inverse, eps = norms.square().reciprocal(), max(torch.finfo(b.dtype).eps, self.system.A.unit / 10)
+        limit = tolerance / 2 * self.certificate.smallest.square()
+        # Rounding errors of the gradient, below which it does not fall, are those of A^H r and of c. Beside a large
+        # damping |A| is far smaller than the largest singular value of [A; d].
+        size = torch.minimum(self.certificate.largest, self.system.size)
         floor, slope = 10 * eps * norm(c / norms), 10 * eps * size
 
         def goal(r: Tensor, y: Tensor, live: Tensor) -> Tensor:
             whole = y if start is None else start[:, :, live] + y
-            return torch.maximum(limit * norm(weight * whole), slope * norm(r) + floor[:, live]).square()
+            return torch.maximum(limit * norm(weight * whole), slope * system.A.norm(r) + floor[:, live]).square()
 
         settings = self.settings
         if self.given is None:
             return cgls(
-                system, b, c, lambda g: g * inverse, goal, limit=settings.max_iterations, callback=settings.callback
+                system,
+                b,
+                c,
+                lambda g: g * inverse,
+                goal,
+                limit=settings.max_iterations,
+                callback=settings.callback,
+                inverse=inverse,
             )
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
-            return norm(g / norms).square() <= goal(r, y, live)  # gamma is of a norm of which nothing is known
+            return norm(g / norms).square() <= goal(r, y, live)  # gamma is in a norm unknown here
 
         return iterate(system, b, c, self.given, converged, limit=settings.max_iterations, callback=settings.callback)
 
-    def _run_single(self, b: Tensor, c: Tensor) -> Run:
-        """As `_run`, in single precision, for right-hand sides of any size."""
-        assert self.single is not None
-        size = (norm(b) + norm(c))[:, None]
-        size = torch.where(size > 0, size, 1.0)
-        dtype = self.single.A.dtype
-        run = self._run(self.single, (b / size).to(dtype), (c / size).to(dtype), _SINGLE_CONTRACTION)
-        r, y = (part.to(b.dtype) * size for part in (run.r, run.y))
-        return Run(r, y, run.gamma.to(size.dtype), run.iterations.to(size.dtype))
+
+class _Corrections:
+    """What `refine` corrects by: y of A^H A y + d^2 y = A^H b - c, by conjugate gradients.
+
+    Args:
+        start: y to begin the first solve, for the right-hand side `b`, from; None for zero.
+
+    Attributes:
+        limited: (P, k), which columns have run out of iterations.
+    """
+
+    def __init__(self, factors: Iteration, b: Tensor, start: Tensor | None):
+        self.factors, self.start, self.left, self.first = factors, start, b, True
+        self.limited = factors.certificate.unseen.expand(-1, b.shape[2])
+        if start is not None:
+            system = factors.system
+            weighed = system.weigh(b)
+            left = weighed - system.A.matmul(start)
+            # A start that is worse than none would leave rounding errors of its own size.
+            lost = system.A.norm(left).square()
+            lost = lost if system.d2 is None else lost + norm(system.d2.sqrt() * start).square()
+            better = (lost < system.A.norm(weighed).square())[:, None]
+            self.start, self.left = torch.where(better, start, 0.0), torch.where(better, left, weighed)
+
+    def __call__(self, b: Tensor | None, c: Tensor) -> Run:
+        factors, start, single = self.factors, self.start if self.first else None, self.factors.certificate.single
+        assert b is not None
+        if start is not None:
+            b, c = self.left, c + factors.system.damped(start)
+        if single is not None:
+            run = single.solved(b, c, lambda b, c: factors.run(single, b, c, SINGLE_CONTRACTION))
+        else:
+            run = factors.run(factors.system, b, c, factors.target if self.first else _CONTRACTION, start)
+        self.first = False
+        ran_out = run.iterations >= factors.settings.max_iterations
+        # Other columns than those that were asked about are samples of rounding errors.
+        ran_out = ran_out if ran_out.shape == self.limited.shape else ran_out.any(1, keepdim=True)
+        self.limited = self.limited | ran_out
+        return run if start is None else run._replace(y=start + run.y)
+
+
+class LeastNorm(Iteration):
+    """K^+ for a system whose columns have one scale, so that the least norm is that of x; its null space is checked.
+
+    Iterates that start from zero stay in the range of A^H, where A^+ b is. What certifies them must be there too: the
+    part y of a random v that solves A y = A v. What is left, v - y, is in the null space: |A (v - y)| is below the
+    tolerance of rank, and every direction in which A is larger was found in y.
+    """
+
+    def __init__(self, settings: CGLS, system: System):
+        self.limit = settings.max_iterations
+        v = noise(system.scale.expand(-1, -1, 2 if system.A.unit < COARSE else 6)).to(system.A.dtype)
+        self.system = system
+        y = self._project(v)
+        lost = norm(v - y) > 1e-6 * norm(v)
+        self.deficient = lost.any(1, keepdim=True)
+        super().__init__(settings, system, known=torch.where(self.deficient[:, None], y, v))
+        # What is neither found nor in the null space has a singular value that no iterate could tell from zero.
+        left = norm(system.A.matmul(v - y)) > 2 * self._goal(v)
+        self.certificate.failed = self.certificate.failed | (self.deficient & left.any(1, keepdim=True))
+
+    def _goal(self, v: Tensor) -> Tensor:
+        """|A z| for a z in one direction alone, as large there as v, whose singular value is at the limit of rank."""
+        assert self.system.A.steepest is not None
+        return self.system.tolerance * self.system.A.steepest * norm(v) / self.system.n**0.5
+
+    def _project(self, v: Tensor) -> Tensor:
+        """The part of v (P, n, k) in the range of [A; d]^H."""
+        system = self.system
+        c = torch.zeros_like(v) if system.d2 is None else -system.d2 * v
+        goal = self._goal(v)
+
+        def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
+            left = norm(r)
+            if system.d2 is not None:
+                left = torch.hypot(left, norm(system.d2.sqrt() * (v - y)))
+            return left <= goal
+
+        b = system.A.matmul(v)
+        return iterate(system, b, c, torch.clone, converged, limit=self.limit, drop=False).y
+
+    def solve(
+        self, b: Tensor, c: Tensor, start: Tensor | None = None, *, judged: bool = True
+    ) -> tuple[Tensor, Tensor, Report]:
+        """K^+ (b, c), from no start, whose part in the null space would stay."""
+        r, y, answer = super().solve(b, self._seen(c), judged=judged)
+        return r, y, answer._replace(rank=torch.where(self.deficient, -1.0, answer.rank))
+
+    def run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
+        """As of `Iteration`: rounding errors in c have a part in the null space, which no iterate makes smaller."""
+        return super().run(system, b, self._seen(c), tolerance, start)
+
+    def _seen(self, c: Tensor) -> Tensor:
+        needed = self.deficient & (c != 0).any(1)
+        return torch.where(needed[:, None], self._project(c), c) if bool(needed.any()) else c

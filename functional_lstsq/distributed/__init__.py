@@ -1,0 +1,22 @@
+"""Rows of A on many ranks, by torch.distributed: `shard_rows`, `shared` and `total`, with every derivative.
+
+Each rank has its own rows of A, b, weights and the residual; x, damp and `info` are the same on all of them, to the
+bit. All ranks run the same program.
+
+- matrix: `ShardedMatrix`, the matrix that `shard_rows` makes of the rows of each rank.
+- solve: the primitive over ranks, with its rules; what `lstsq` and `solve` are asked of a sharded matrix, checked.
+- products: `Products` over ranks, all that solvers ask of the matrix.
+- collectives: the primitives `total` and `shared`, the sum over ranks and its adjoint.
+- ranks: a group of torch.distributed: sums, agreement on what must be the same, and errors that all ranks raise.
+"""
+
+from .collectives import shared, total
+from .matrix import ShardedMatrix, shard_rows
+from .ranks import RankError
+
+__all__ = ["RankError", "ShardedMatrix", "shard_rows", "shared", "total"]
+
+
+def __dir__() -> list[str]:
+    """The public names alone."""
+    return __all__

@@ -1,0 +1,194 @@
+"""What `gauss_newton` and robust fits minimise, and its derivatives, by torch.func.
+
+f(x) = sum_i rho(w_i^(1/2) r_i(x); t) + d^2 |x|^2 / 2        g = J^T psi(r) + d^2 x,    psi(r) = d rho / d r
+H s  = the derivative of g along s = J^T psi'(r) J s + sum_i psi(r_i) (grad^2 r_i) s + d^2 s
+
+Equations for derivatives of the minimum are H s + J^T u + c = 0, with u (m,) apart from c (n,): u and psi' J s are
+added up before they are multiplied by J^T. The rounding errors of that product, |J|^T |u + psi' J s| eps, are magnified
+by the square of the condition number, those of u and of psi' J s by the condition number alone.
+
+Weights w stay out of J and r, to whose rounding errors they would add. No root of them is differentiated but those of
+outliers (see losses.py), so that derivatives by a weight of zero are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from ..linear.settings import Settings
+from ..sparse.numerics import noise
+from ..sparse.pattern import SparsePattern
+from ..torch_func.forward_mode import jvp
+from .losses import Square
+
+Leaves = tuple[Tensor, ...]  # t, d, w (m,), and what the residual depends on besides x
+
+
+# Not a tuple, which torch.func would take apart at every call.
+@dataclass(eq=False)
+class Objective:
+    """One problem; `residual(x, *given)` -> (m,) and `jacobian(x, *given)` -> its Jacobian's values on `pattern`.
+
+    The Jacobian decides how steps are made. What is accepted rests on derivatives of `residual` by torch.func, and on
+    `pull(x, *given)` -> (residual, y -> J^T y).
+    """
+
+    residual: Callable[..., Tensor]
+    pull: Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
+    jacobian: Callable[..., Tensor]
+    pattern: SparsePattern
+    loss: Square
+    settings: Settings
+    precision: float  # machine epsilon of the user's dtype, to which x is rounded in the end
+    arithmetic: float  # machine epsilon of what computes the residual, by which all is judged
+    max_iterations: int
+    on_failure: str
+    linear: bool  # J is made of leaf number 3 without rounding, and `pull` multiplies with it exactly
+    name: str
+    start: str  # what must be finite, and where
+    point: str  # what the user calls x0
+    # further(x, *given) -> (j,): results at the minimum that may move much more than x, and are to be right too
+    further: Callable[..., Tensor] | None = None
+    # The first of `given` is the threshold, once more: the residual is that of a robust fit itself.
+    nested: bool = False
+    callback: Callable[[int, float], object] | None = None  # of each damped step: their number, and the largest cost
+    found_inside: int = 0  # unknowns that the residual finds itself, as those of `further`
+    # Products with H by forward mode over reverse mode, once reverse over reverse gave NaN (of t^x at t = 0, say); and
+    # whether both did.
+    forward: bool = False
+    undefined: bool = False
+
+    @property
+    def accept(self) -> float:
+        """Largest relative error that is accepted.
+
+        It is the arithmetic's, not the input's: Newton's steps say what is left of an error only where they shrink
+        quadratically or are rounding errors. A step of 5e-3 in double precision is neither, whatever x0 is stored in.
+        """
+        return self.arithmetic ** (1 / 3)
+
+    def cost(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, r)"""
+        r = self.residual(x, *given)
+        return self.loss.cost(r, w, t).sum() + (d * x).square().sum() / 2, r
+
+    def gradient(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        r, pull = self.pull(x, *given)
+        return pull(self.loss.influence(r, w, t)) + d.square() * x
+
+    def influence(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        """psi(r)"""
+        return self.loss.influence(self.residual(x, *given), w, t)
+
+    def pulled(self, y: Tensor, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        """J^T y + d^2 x, the gradient for y = psi(r)."""
+        return self.pull(x, *given)[1](y) + d.square() * x
+
+    def curvature(self, V: Tensor, x: Tensor, *leaves: Tensor) -> Tensor:
+        """H V for V (n, k)."""
+
+        return each(self._symmetric(lambda x: self.gradient(x, *leaves), x), V, dim=1)
+
+    def _symmetric(self, gradient: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+        """v -> the derivative of `gradient` along v: its own transpose, and torch's reverse mode is the faster one."""
+        if self.forward:
+            return lambda v: torch.func.jvp(gradient, (x,), (v,))[1]  # type: ignore[no-any-return]
+        pull: Any = torch.func.vjp(gradient, x)[1]
+        return lambda v: pull(v)[0]  # type: ignore[no-any-return]
+
+    def influence_along(self, S: Tensor, U: Tensor, x: Tensor, *leaves: Tensor) -> Tensor:
+        """U + psi' J S for S (n, k), U (m, k)."""
+
+        def along(s: Tensor) -> Any:
+            return jvp(lambda x: self.influence(x, *leaves), (x,), (s,))[1]
+
+        return U + each(along, S, dim=1)
+
+    def pulled_along(
+        self, Y: Tensor, S: Tensor, C: Tensor, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor
+    ) -> Tensor:
+        """J^T Y + sum_i psi(r_i) (grad^2 r_i) S + d^2 S + C for Y (m, k), S (n, k), C (n, k)."""
+        r, pull = self.pull(x, *given)
+        psi = self.loss.influence(r, w, t)
+        second = self._symmetric(lambda x: self.pulled(psi, x, t, d, w, *given), x)
+        return C + each(lambda y, s: pull(y) + second(s), Y, S, dim=1)
+
+    def equation(self, S: Tensor, U: Tensor, C: Tensor, x: Tensor, *leaves: Tensor) -> Tensor:
+        """H S + J^T U + C"""
+        return self.pulled_along(self.influence_along(S, U, x, *leaves), S, C, x, *leaves)
+
+    def further_along(self, S: Tensor, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        """The derivative of `further` along S (n, k)."""
+        assert self.further is not None
+
+        def along(s: Tensor) -> Any:
+            return jvp(lambda x: self.further(x, *given), (x,), (s,))[1]  # type: ignore[misc]
+
+        return each(along, S, dim=1)
+
+    def nearby(self, leaves: Leaves) -> Leaves:
+        """Leaves (P, ...) as far from these as rounding errors are: what is computed from both differs by its own."""
+        exact = 4 if self.linear else 3  # t, d, w, and the entries of J
+
+        def moved(leaf: Tensor) -> Tensor:
+            return leaf * (1 + self.arithmetic * noise(leaf[:1])) if leaf.is_floating_point() else leaf
+
+        return (*leaves[:exact], *(moved(leaf) for leaf in leaves[exact:]))
+
+    def slopes(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        """The values of J."""
+        return self.jacobian(x, *given)
+
+    def weights(self, r: Tensor, leaves: Leaves) -> Tensor:
+        """(P, m), of the parabolas that touch the loss in r."""
+        return self.loss.weight(r, leaves[2], leaves[0][:, None])
+
+
+def each(function: Callable, *tensors: Tensor, dim: int = 0) -> Any:
+    """`function` for each of P problems, which is the first dimension of all tensors, or for each column."""
+    if tensors[0].shape[dim] == 1:  # with no more demands on the function than a single problem makes
+        single = function(*(tensor.select(dim, 0) for tensor in tensors))
+        return torch_pytree.tree_map(lambda result: result.unsqueeze(dim), single)
+    return torch.vmap(function, dim, dim)(*tensors)
+
+
+def curvature_at(objective: Objective, V: Tensor, x: Tensor, leaves: Leaves) -> Tensor:
+    """H V for V (P, n, k), by the other mode of torch.func where one of them gives NaN."""
+    product = each(objective.curvature, V, x, *leaves)
+    if objective.undefined or bool(product.isfinite().all()) or not bool(V.isfinite().all()):
+        return product
+    objective.forward = not objective.forward
+    other = each(objective.curvature, V, x, *leaves)
+    if bool(other.isfinite().all()):
+        return other
+    objective.forward, objective.undefined = not objective.forward, True
+    return product
+
+
+def linear_unknowns(objective: Objective, x: Tensor, leaves: Leaves) -> list[int]:
+    """Unknowns in which together the residual of one problem, x (n,), is linear; those that come first go first.
+
+    It is linear in x_j and x_k if neither's column of J changes along either; seen by finite differences.
+    """
+    n, columns = len(x), objective.pattern.indices[1]
+    if n > 64:  # it would take n Jacobians
+        return []
+    J = objective.slopes(x, *leaves)
+
+    def sums(entries: Tensor) -> Tensor:
+        return J.new_zeros(n).scatter_reduce_(0, columns, entries.abs(), "amax", include_self=True)
+
+    moves = torch.diag(torch.where(x != 0, 0.01 * x.abs(), 0.01))
+    size = sums(J)
+    fixed = torch.stack([sums(objective.slopes(x + e, *leaves) - J) <= 1e-10 * size for e in moves])
+    chosen: list[int] = []
+    for j in range(n):
+        if all(bool(fixed[j, k] & fixed[k, j]) for k in (*chosen, j)):
+            chosen.append(j)
+    return chosen

@@ -1,0 +1,247 @@
+"""Bounded least squares as a differentiable function: the active set first, then one solve on the free unknowns.
+
+    x = x_B + y      y_j = 0 on the active set (an infinite damping)      y of least squares for b - A x_B
+
+x_B holds the bounds of the active set, and zero elsewhere. While the set stays, this is all there is to differentiate;
+and it stays where each multiplier of a pinned unknown, and each distance of a free one from its bounds, is more than
+its error: strict complementarity. Where it fails x has no derivative, and none is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from ..errors import NAN, ConvergenceError
+from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, show
+from ..sparse.matrix import SparseMatrix
+from ..sparse.precision import convert
+from ..sparse.products import multiply
+from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
+from ..torch_func.tracing import concrete, is_traced
+from .active_set import ActiveSet, LeftOfShift
+from .arguments import Problem
+from .augmented import solve_augmented
+from .gradient import Static
+from .pivoting import at_bounds
+from .settings import check_solver, settings_of
+
+
+class BoundedInfo(NamedTuple):
+    """What is known of a bounded solution: all of `SolveInfo`, by the same names, and what its bounds do.
+
+    Attributes:
+        solve: the `SolveInfo` of the solve on the free unknowns, `forward_error` that of the whole of x. `info.status`
+            is `info.solve.status`, and so on.
+        active: (n,) or (n, k), int64: -1 for an unknown at its lower bound, 1 at its upper one, 0 for a free one. Where
+            both are one, the bound that its multiplier pushes against.
+        multipliers: (n,) or (n, k): A^T W (b - A x) - damp^2 x where an unknown is at a bound, else 0. Not above zero
+            at a lower bound, not below zero at an upper one: half of what the sum of squares falls by as the bound
+            rises by one unit.
+        weak: (n,) or (n, k), bool: where strict complementarity fails, so that x has no derivative: a multiplier that
+            is zero, or a free unknown that touches a bound, to the errors of either.
+    """
+
+    solve: SolveInfo
+    active: Tensor
+    multipliers: Tensor
+    weak: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.solve, name)
+
+    def __repr__(self) -> str:
+        numbers = (f"{name}={show(concrete(getattr(self, name)))}" for name in self._fields[1:])
+        return f"BoundedInfo({', '.join(numbers)}, solve={self.solve!r})"
+
+    def _repr_html_(self) -> str:
+        active = concrete(self.active)
+        counts = ", ".join(f"{int((active == side).sum())} {name}" for side, name in ((-1, "lower"), (1, "upper")))
+        return html_table("BoundedInfo", [*info_rows(self.solve), ("at bounds", counts)])
+
+
+torch_pytree._register_namedtuple(BoundedInfo, serialized_type_name="functional_lstsq.BoundedInfo")
+
+
+class Found(NamedTuple):
+    """A bounded solution as a solve gives it, (1, rows, k), with its numbers (1, fields of `Report`, k)."""
+
+    r: Tensor
+    x: Tensor
+    numbers: Tensor
+    active: Tensor
+    multipliers: Tensor
+    weak: Tensor
+
+    def told(self, info: SolveInfo, single: bool) -> BoundedInfo:
+        """With what is known of the solve; `single` for b (m,)."""
+        active, multipliers, weak = (t[0, :, 0] if single else t[0] for t in self[3:])
+        return BoundedInfo(info, active.to(torch.int64), multipliers, weak != 0)
+
+
+class Posed(NamedTuple):
+    """A problem that counts as tall, whatever its shape, and its bounds (k, n), in double precision."""
+
+    problem: Problem
+    lower: Tensor
+    upper: Tensor
+
+
+def pose_bounds(problem: Problem, bounds: Any, robust: Any) -> Posed:
+    """Check what is asked for beside a checked problem: one clear error for each thing that is refused."""
+    A, (_, n), b = problem.A, problem.shape, problem.b
+    if torch.compiler.is_compiling():
+        raise TypeError("torch.compile cannot take bounds=; compile what makes the arguments")
+    if not isinstance(A, SparseMatrix):
+        raise TypeError("bounds need the entries of A: a SparseMatrix, or a torch sparse tensor, not a LinearOperator")
+    if A.dtype.is_complex or b.is_complex():
+        raise TypeError(f"bounds need real A and b, got {A.dtype} and {b.dtype}")
+    if robust is not None:
+        raise ValueError("bounds allow no robust=")
+    settings = settings_of(problem.settings)
+    check_solver(settings.solver, "bounds=")
+    if settings.minimum_norm:
+        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds must be a pair (lower, upper), got {type(bounds).__name__}")
+    lower, upper = (_bound(problem, name, t) for name, t in zip(("lower", "upper"), bounds, strict=True))
+    damp = b.new_zeros(()) if problem.damp is None else problem.damp
+    settings = replace(settings, wide=False, exact=True)
+    # With a damping of each unknown [A; D] is tall, and the solution is the x of the system.
+    problem = problem._replace(damp=damp.expand(n), settings=settings)
+    return Posed(problem, lower, upper)
+
+
+def _bound(problem: Problem, name: str, bound: Any) -> Tensor:
+    """(k, n)"""
+    (_, n), b, k = problem.shape, problem.b, 1 if problem.b.ndim == 1 else problem.b.shape[1]
+    if isinstance(bound, (int, float)) and not isinstance(bound, bool):
+        bound = torch.full((), float(bound), dtype=torch.float64, device=b.device)
+    columns = () if b.ndim == 1 else ((n, k),)
+    if not isinstance(bound, Tensor) or bound.layout != torch.strided or bound.is_complex():
+        got = f"a tensor of {bound.dtype}, {bound.layout}" if isinstance(bound, Tensor) else repr(bound)
+        raise TypeError(f"the {name} bound must be a number or a dense real tensor, got {got}")
+    if bound.shape not in ((), (n,), *columns):
+        wanted = " or ".join(str(shape) for shape in ((), (n,), *columns))
+        raise ValueError(f"the {name} bound must be a number or of shape {wanted}, got {tuple(bound.shape)}")
+    if bound.device != b.device:
+        raise ValueError(f"the {name} bound is on {bound.device}, A is on {b.device}")
+    bound = convert(bound, torch.float64, f"the derivative by the {name} bound", problem.on_failure)
+    return bound.T if bound.ndim == 2 else bound.expand(k, n)
+
+
+def solve_bounded(posed: Posed, on_failure: str) -> Found:
+    """The solution; each column of b, with a free set of its own, is a matrix of a batch."""
+    problem, lower, upper = posed
+    assert isinstance(problem.A, SparseMatrix)
+    (m, n), indices, settings = problem.shape, problem.A.pattern.indices, settings_of(problem.settings)
+    b = problem.b[:, None] if problem.b.ndim == 1 else problem.b
+    k, b = b.shape[1], b.T[:, :, None]
+    assert problem.damp is not None
+    values, damp = problem.A.values.expand(k, -1), problem.damp.expand(k, n)
+    weights = None if problem.weights is None else problem.weights.expand(k, m)
+    static = Static(m, n, settings, on_failure)
+    active, weak, multipliers, status = ActiveSet.apply(static, values, weights, damp, b, lower, upper, indices)
+    bound = at_bounds(active, lower, upper)[:, :, None]
+    damp = torch.where(active != 0, torch.inf, damp)
+    if weights is not None:
+        # Where no set was found constraints may have no free unknown, which is refused for a whole batch.
+        lost = (status != CONVERGED)[:, None] & weights.isinf()
+        weights = torch.where(lost, 1.0, weights)
+    right = b - multiply(values, bound, indices, m, n, exact=True)
+    lost = LeftOfShift.apply(static, values, bound, b, right, indices)[0]
+    if is_traced(lost) or bool((concrete(lost) != 0).any()):
+        right = torch.cat([right, lost], 2)
+    r, y, report = solve_augmented(values, damp, right, None, indices, m, n, settings, on_failure, None, weights)
+    x = y.sum(2, keepdim=True) + bound
+    # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
+    inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
+    x = torch.where((weak[:, :, None] != 0) & (active[:, :, None] == 0), inside, x)
+    refused = weak.any(1) | (status != CONVERGED)
+    r, x = _Strict.apply(_Judged(on_failure), r.sum(2, keepdim=True), x, weak, refused.to(x.dtype))
+    x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
+    numbers = _of_whole(report, y, x, status)
+    columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
+    return Found(*columns)
+
+
+def _of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Tensor:
+    """The report of x (k, fields) from those of the parts of y that rounding keeps apart."""
+    told = Report(*report.detach().unbind(1))
+    sizes, whole = (torch.linalg.vector_norm(t.detach(), dim=1) for t in (y, x))
+    error = torch.where(sizes > 0, told.solution_error * sizes, 0.0).sum(1) / whole[:, 0]
+    error = torch.where(whole[:, 0] > 0, error, told.solution_error[:, 0])
+    worst = torch.maximum(told.status.amax(1), status)
+    first = Report(*(field[:, 0] for field in told))
+    error = torch.where(status == CONVERGED, error, torch.inf)
+    return torch.stack(list(first._replace(status=worst, solution_error=error)), 1)
+
+
+# Not a tuple, which torch.func would take apart at every call.
+@dataclass(frozen=True)
+class _Judged:
+    on_failure: str
+    derivative: bool = False
+
+
+def _strict_kernel(r: Tensor, x: Tensor, weak: Tensor, refused: Tensor, on_failure: str, derivative: bool):
+    r, x = r.clone(), x.clone()
+    if not derivative or not bool(refused.any()):
+        return r, x
+    gone = (refused != 0) & ((r != 0).any(2).any(1) | (x != 0).any(2).any(1))
+    if on_failure != "raise":
+        return tuple(torch.where(gone[:, None, None], torch.nan, t) for t in (r, x))
+    if bool(gone.any()):
+        p = int(gone.nonzero()[0, 0])
+        places = weak[p].nonzero()[:, 0].tolist()
+        which = ", ".join(str(j) for j in places[:5]) + (", ..." if len(places) > 5 else "")
+        where = f" ({int(gone.sum())} of {len(gone)} problems; the first: {p})" if len(gone) > 1 else ""
+        raise ConvergenceError(
+            f"x has no derivative{where}: unknowns at their bounds ({which}) do not press against them, to the errors "
+            "of their multipliers",
+            "other bounds",
+            NAN,
+        )
+    return r, x
+
+
+_strict = define(
+    "strict(Tensor r, Tensor x, Tensor weak, Tensor refused, str on_failure, bool derivative) -> (Tensor, Tensor)",
+    _strict_kernel,
+    lambda r, x, weak, refused, on_failure, derivative: (torch.empty_like(r), torch.empty_like(x)),
+)
+
+
+class _Strict(Primitive):
+    """(r, x) as they are, whose derivatives are refused, or NaN, in the problems that are marked."""
+
+    @classmethod
+    def forward(cls, static: _Judged, r, x, weak, refused):
+        return _strict(r.contiguous(), x.contiguous(), weak, refused, static.on_failure, static.derivative)
+
+    @classmethod
+    def _of(cls, static: _Judged, inputs, derivatives):
+        given = (torch.zeros_like(t) if d is None else d for t, d in zip(inputs[:2], derivatives, strict=True))
+        return cls.apply(replace(static, derivative=True), *given, *inputs[2:])
+
+    @classmethod
+    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
+        r, x, weak, refused = inputs
+        return *cls._of(static, (r, x, weak, refused), cotangents[:2]), None, None
+
+    @classmethod
+    def jvp_rule(cls, static, inputs, outputs, tangents):
+        return cls._of(static, inputs, tangents[:2])
+
+    @classmethod
+    def vmap(cls, info, in_dims, static, *tensors):
+        size = info.batch_size
+        joined = [join_matrices(t, dim, size) for t, dim in zip(tensors, in_dims[1:], strict=True)]
+        copies = extent(tensors, in_dims[1:], 0)
+        return tuple(split_matrices(t, size, copies) for t in cls.apply(static, *joined)), (0, 0)

@@ -1,0 +1,120 @@
+"""Where the factors of a solve live between it and its derivatives."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..solvers.base import Factors
+from ..solvers.system import System
+from ..torch_func.primitive import define
+from .settings import Settings
+
+
+class Holder:
+    """The factors of one matrix, for as long as the autograd graph that needs them lives, or as a user keeps them.
+
+    A holder is made for each solve, and has a key, an integer by which it is found among the living. Its token is a
+    tensor of that one number, which the solve gives and its derivatives are given. The memory of the token keeps the
+    holder: so a graph keeps it, compiled or not, and nothing else does. Derivatives find the factors as long as they
+    ask for the same values.
+
+    A user who keeps factors holds a token of two numbers, the key and 0, which is given to solves.
+    """
+
+    __slots__ = ("__weakref__", "asked", "damp", "factors", "key", "system", "values", "versions")
+    key: int
+    asked: tuple[Settings, Tensor | None]  # with the indices of the entries
+    values: tuple[Tensor, ...]
+    damp: Tensor | None
+    versions: list[int]
+    system: System
+    factors: Factors | None
+    living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
+    keys = itertools.count(1)
+
+    def __init__(self):
+        self.key, self.factors = next(Holder.keys), None
+        Holder.living[self.key] = self
+
+    def token(self, *, kept: bool = False) -> Tensor:
+        """A tensor of the key, whose memory keeps this holder alive; `kept`: that of a user."""
+        memory = _Memory(self.key.to_bytes(8, sys.byteorder) + bytes(8 if kept else 0))
+        memory.holder = self
+        return torch.frombuffer(memory, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, token: Tensor | None) -> Holder:
+        """The holder of a token; a new one if there is none any more."""
+        living = None if token is None else cls.living.get(int(token[0]))
+        return living or cls()
+
+    def prepare(
+        self,
+        settings: Settings,
+        indices: Tensor | None,
+        values: tuple[Tensor, ...],
+        damp: Tensor | None,
+        make: Callable[[], System],
+    ) -> tuple[System, Factors]:
+        """(system, factors), made afresh if what is asked for is not that of last time."""
+        if not self.serves(settings, indices, values, damp):
+            self.system = make()
+            self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
+            if not isinstance(self.factors, Factors):
+                kind, got = type(settings.solver).__name__, type(self.factors).__name__
+                raise TypeError(f"{kind}.prepare must give Factors, of functional_lstsq.solvers, got {got}")
+            self.values, self.versions, self.damp = values, [_version(tensor) for tensor in values], damp
+            self.asked = settings, indices
+        assert self.factors is not None
+        return self.system, self.factors
+
+    def serves(
+        self, settings: Settings, indices: Tensor | None, values: tuple[Tensor, ...], damp: Tensor | None
+    ) -> bool:
+        """Whether its factors are those of this system."""
+        if self.factors is None or [_version(tensor) for tensor in self.values] != self.versions:
+            return False
+        if not self.asked[0].same_system(settings) or len(self.values) != len(values):
+            return False
+        pairs = zip((self.asked[1], self.damp, *self.values), (indices, damp, *values), strict=True)
+        return all(_same(old, new) for old, new in pairs)
+
+
+class _Memory(bytearray):
+    holder: Holder
+
+
+def is_kept(token: Tensor | None) -> bool:
+    """Whether a token is of factors that a user keeps, and not of the solve that a derivative belongs to."""
+    return token is not None and token.shape[0] == 2
+
+
+def of_solve(token: Tensor | None, new: Tensor) -> Tensor:
+    """The token by which a derivative finds the factors: that of the solve, which gave `new` and was given `token`."""
+    return new if token is None or is_kept(token) else token
+
+
+def _keeper(indices: Tensor) -> Tensor:
+    return Holder().token(kept=True)
+
+
+# An operation, since a graph that is compiled cannot hold a tensor's memory otherwise.
+keeper = define("keeper(Tensor indices) -> Tensor", _keeper, lambda indices: indices.new_empty((2,), device="cpu"))
+
+
+def _same(old: Tensor | None, new: Tensor | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    return (old.data_ptr() == new.data_ptr() and old.stride() == new.stride()) or torch.equal(old, new)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,46 @@
+"""What methods cost for one matrix, in seconds on two cores: rough speeds, by which `Auto` orders them."""
+
+from __future__ import annotations
+
+_FLOPS = 2e10  # operations a second in a dense or sparse factor
+_PRODUCTS = 1e8  # multiplications a second in a sparse product of two matrices
+_ORDERED = 1e6  # entries a second in an ordering
+_BYTES = 8e9  # bytes a second in a sparse product with vectors
+_CALLS = 1e-4  # seconds of an iteration, however small
+_DENSE_PASSES = 20  # over a dense factor, to use it and to know its condition number
+ANYWAY = 1e-2  # seconds of any solve, whatever its method
+
+PATIENCE = 100  # iterations whose time a factor must take for iterating to be tried before it
+SOLVE = 2.2  # times the iterations that find a known solution, in a solve
+FEWEST = 15  # iterations that find a known solution
+FACTORED = 4  # iterations that take as long as a solve with a factor
+
+
+def products_of_iteration(entries: int, m: int, n: int) -> float:
+    """The part of an iteration that grows with the problem: A p, A^H r (12 bytes an entry each), and some vectors."""
+    return (24 * entries + 64 * (m + n)) / _BYTES
+
+
+def iteration(products: float) -> float:
+    """One iteration of conjugate gradients."""
+    return products + _CALLS
+
+
+def gram(multiplications: int) -> float:
+    """The values of A^H A."""
+    return multiplications / _PRODUCTS
+
+
+def dense_factor(n: int) -> float:
+    """A Cholesky factor of an n x n matrix, n^3 / 3 operations, and what is done with it."""
+    return n**3 / 3 / _FLOPS + 8 * _DENSE_PASSES * n**2 / _BYTES
+
+
+def ordering(entries: int) -> float:
+    """An ordering of the pattern of A^H A."""
+    return entries / _ORDERED
+
+
+def sparse_factor(operations: float) -> float:
+    """A sparse Cholesky factor."""
+    return operations / _FLOPS

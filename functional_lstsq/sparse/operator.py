@@ -1,0 +1,304 @@
+"""LinearOperator(matvec, params, in_size, dtype): a matrix known by its products, differentiable by its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, cast
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from ..torch_func.closures import close, columns
+from ..torch_func.forward_mode import jvp
+from ..torch_func.tracing import load_forward_mode
+from .matrix import DTYPES
+from .operator_algebra import OperatorAlgebra, Product, Pulled
+from .precision import double
+
+
+class LinearOperator(OperatorAlgebra):
+    """A linear map x -> matvec(params, x) for `lstsq` and `solve`, which need its products only.
+
+    A pytree for torch.func and optree with the leaves of `params` for leaves: `torch.func.grad(loss)(operator)` is a
+    LinearOperator whose params are the gradient. Sums, products, multiples, adjoints (`A.H`, `A.T`) and stacks
+    (`vstack`) of operators and sparse matrices are operators.
+
+    Args:
+        matvec: `matvec(params, x)`, linear in x of shape (n,), gives (m,). x is its own to overwrite. Columns and
+            batches are made of it by `torch.vmap`, or one after the other where torch.func cannot transform it: with
+            NumPy, C or a sparse tensor in it (which take the place of no SparseMatrix, whose `A.matmul(x)` it can).
+        params: any pytree of dense tensors, which derivatives are taken by where they are floating or complex; that
+            takes a matvec that torch.func can transform.
+        in_size: n.
+        dtype: of the matrix: float32, float64, complex64 or complex128. Products are given x and params in this
+            precision, are tested to what its rounding allows, and decide what is accepted of a solution. None: that of
+            params and b together, which for both in float32 is float32. All else of a solve is in double precision.
+        rmatvec: `rmatvec(params, y)`, the adjoint, A^H y of shape (n,); None to have torch make it of matvec.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or size. A solve raises ValueError where products of random
+            vectors are not linear, not each other's adjoints, or depend on other tensors that are being differentiated.
+
+    Estimated errors are those of x and of the adjoint solution; that a gradient by params keeps its digits where its
+    terms cancel is not judged.
+
+    >>> import torch, functional_lstsq as fl
+    >>> def blur(kernel, x):
+    ...     return torch.nn.functional.conv1d(x[None, None], kernel[None, None], padding=2)[0, 0]
+    >>> operator = fl.LinearOperator(blur, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64), 6)
+    >>> operator
+    LinearOperator(shape=(8, 6), dtype=torch.float64)
+    >>> b = operator @ torch.arange(1.0, 7.0, dtype=torch.float64)
+    >>> fl.lstsq(operator, b)
+    tensor([1.0000, 2.0000, 3.0000, 4.0000, 5.0000, 6.0000], dtype=torch.float64)
+    >>> torch.func.grad(lambda operator: fl.lstsq(operator, b).sum())(operator).params
+    tensor([-19.7143, -22.0000, -20.2857], dtype=torch.float64)
+    """
+
+    __slots__ = ("given", "in_size", "matvec", "params", "rmatvec", "working")
+    matvec: Product
+    params: Any
+    in_size: int
+    given: torch.dtype | None  # None to go by params and b
+    working: torch.dtype  # what products are made in, of one that is posed
+    rmatvec: Product | None
+
+    def __init__(
+        self,
+        matvec: Product,
+        params: Any,
+        in_size: int,
+        dtype: torch.dtype | None = None,
+        *,
+        rmatvec: Product | None = None,
+    ):
+        for name, function in (("matvec", matvec), ("rmatvec", rmatvec)):
+            if not callable(function) and not (name == "rmatvec" and function is None):
+                raise TypeError(f"{name} must be callable, got {function!r}")
+        if isinstance(in_size, bool) or not isinstance(in_size, int):
+            raise TypeError(f"in_size must be an integer, got {in_size!r}")
+        if in_size < 0:
+            raise ValueError(f"in_size must not be negative, got {in_size}")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be None, float32, float64, complex64 or complex128, got {dtype}")
+        leaves = torch_pytree.tree_leaves(params)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"params must be a pytree of tensors, got a leaf of type {type(leaf).__name__}")
+            if leaf.layout != torch.strided:
+                raise TypeError(
+                    f"params must be a pytree of dense tensors, got layout {leaf.layout}; SparseMatrix.from_torch(A) "
+                    "is a pytree of them, and has A.matmul(x)"
+                )
+        if len({leaf.device for leaf in leaves}) > 1:
+            raise ValueError(f"params must be on one device, got {sorted({str(leaf.device) for leaf in leaves})}")
+        self.matvec, self.params, self.in_size, self.given, self.rmatvec = matvec, params, in_size, dtype, rmatvec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What was given, or that of the parameters together; float64 where these hold no real or complex numbers."""
+        if self.given is not None:
+            return self.given
+        found = [leaf.dtype for leaf in torch_pytree.tree_leaves(self.params)]
+        found = [dtype for dtype in found if dtype.is_floating_point or dtype.is_complex]
+        return reduce(torch.promote_types, found) if found else torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        leaves = torch_pytree.tree_leaves(self.params)
+        return leaves[0].device if leaves else torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n). Cost: one product."""
+        origin = torch.zeros(self.in_size, dtype=self.dtype, device=self.device)
+        return _In(self.matvec, "matvec", self.dtype)(self.params, origin).shape[0], self.in_size
+
+    def posed(self, dtype: torch.dtype, on_failure: str) -> tuple[LinearOperator, tuple[int, int]]:
+        """(the same for double precision, with products that hold no wrapped tensors, its shape). Cost: one of each.
+
+        What products take from elsewhere than `params` is out of sight of the rules that differentiate a solve. They
+        are given, and give, what `dtype` is in double precision, and work in the precision of this operator.
+
+        Args:
+            dtype: that of the operator and of b together.
+            on_failure: as of `convert`.
+        """
+        params = torch_pytree.tree_map(lambda leaf: double(leaf, "the derivative by params", on_failure), self.params)
+        working = dtype if self.given is None else self.given
+        working = working.to_complex() if dtype.is_complex else working
+        doubled = torch.promote_types(dtype, torch.float64)
+
+        def closed(function: Product, name: str, size: int) -> tuple[Product, Tensor]:
+            example = torch.zeros(size, dtype=doubled, device=self.device)
+            return close(_In(function, name, working), name, "params", params, example)
+
+        matvec, y = closed(self.matvec, "matvec", self.in_size)
+        rmatvec = None if self.rmatvec is None else closed(self.rmatvec, "rmatvec", y.shape[0])[0]
+        posed = LinearOperator(matvec, params, self.in_size, doubled, rmatvec=rmatvec)
+        posed.working = working
+        return posed, (y.shape[0], self.in_size)
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """A X for X of shape (n,) or (n, k)."""
+        if not isinstance(X, Tensor) or X.ndim not in (1, 2) or X.shape[0] != self.in_size:
+            got = f"shape {tuple(X.shape)}" if isinstance(X, Tensor) else type(X).__name__
+            raise ValueError(f"A @ X needs X of shape ({self.in_size},) or ({self.in_size}, k), got {got}")
+        X = X.to(self.dtype)
+        return self._each(lambda x: self.matvec(self.params, x), X)
+
+    @staticmethod
+    def _each(function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        """`function`, which may overwrite its argument, of X or of each column."""
+        own = lambda x: function(x.clone())  # noqa: E731
+        return own(X) if X.ndim == 1 else columns(own, X)
+
+    @classmethod
+    def _made(
+        cls, matvec: Product, params: Any, in_size: int, dtype: torch.dtype | None, rmatvec: Product | None
+    ) -> Any:
+        return LinearOperator(matvec, params, in_size, dtype, rmatvec=rmatvec)
+
+    def adjoint(self, Y: Tensor) -> Tensor:
+        """A^H Y for Y of shape (m,) or (m, k)."""
+        rmatvec = self.rmatvec or Pulled(self.matvec, self.in_size)
+        return self._each(lambda y: rmatvec(self.params, y), Y.to(self.dtype))
+
+    def weighted(self, root: Tensor) -> LinearOperator:
+        """diag(root) A of a posed A, of which `root` (m,) is a parameter too."""
+        adjoint = None if self.rmatvec is None else _WeightedAdjoint(self.rmatvec)
+        posed = LinearOperator(_Weighted(self.matvec), (self.params, root), self.in_size, self.dtype, rmatvec=adjoint)
+        posed.working = self.working
+        return posed
+
+    def __repr__(self) -> str:
+        try:
+            return f"LinearOperator(shape={self.shape}, dtype={self.dtype})"
+        except Exception:  # a pytree's leaf may be anything
+            return f"LinearOperator(params={self.params!r}, in_size={self.in_size}, dtype={self.given})"
+
+
+def in_precision(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in the precision of `dtype`, if it holds real or complex numbers."""
+    if leaf.is_complex():
+        return leaf.to(dtype.to_complex())
+    return leaf.to(dtype.to_real()) if leaf.is_floating_point() else leaf
+
+
+@dataclass(frozen=True)
+class _In:
+    """A product in a precision of its own, between numbers in another; what it is given it may overwrite."""
+
+    function: Product
+    name: str
+    dtype: torch.dtype
+
+    def __call__(self, params: Any, x: Tensor) -> Tensor:
+        params = torch_pytree.tree_map(lambda leaf: in_precision(leaf, self.dtype), params)
+        try:
+            y = self.function(params, x.to(self.dtype, copy=True))
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            raise TypeError(
+                f"{self.name} must take params and a vector of {self.dtype}, got an error of torch: {error}. The dtype "
+                "of LinearOperator says what it is given"
+            ) from error
+        if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != self.dtype:
+            got = f"{y.dtype}, shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            size = "m" if self.name == "matvec" else "n"
+            raise ValueError(
+                f"{self.name} must give a tensor of {self.dtype}, shape ({size},), for one of {self.dtype}, shape "
+                f"{tuple(x.shape)}, got {got}; the dtype= of LinearOperator says what it is given"
+            )
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    matvec: Product
+
+    def __call__(self, params: Any, x: Tensor) -> Tensor:
+        return params[1].to(x.dtype) * self.matvec(params[0], x)
+
+
+@dataclass(frozen=True)
+class _WeightedAdjoint:
+    rmatvec: Product
+
+    def __call__(self, params: Any, y: Tensor) -> Tensor:
+        return self.rmatvec(params[0], params[1].to(y.dtype) * y)
+
+
+@dataclass(frozen=True)
+class _Push:
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, point: Tensor, x: Tensor) -> Tensor:
+        return jvp(self.function, (point,), (x,))[1]
+
+
+@dataclass(frozen=True)
+class _Pull:
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, point: Tensor, y: Tensor) -> Tensor:
+        return torch.func.vjp(self.function, point)[1](y)[0]
+
+
+class JacobianOperator(LinearOperator):
+    """The Jacobian of `function` at `point` as a LinearOperator, never formed: for Gauss-Newton steps.
+
+    Its parameter is the point, so that a derivative by it takes the second derivatives of the function.
+
+    Args:
+        function: takes a tensor of shape (n,), gives one of shape (m,) and the same dtype.
+        point: (n,), floating or complex.
+
+    >>> import torch, functional_lstsq as fl
+    >>> t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    >>> residual = lambda p: p[0] * torch.exp(p[1] * t) - 2 * torch.exp(-t)
+    >>> p = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    >>> for _ in range(5):
+    ...     p = p - fl.lstsq(fl.JacobianOperator(residual, p), residual(p))
+    >>> p
+    tensor([ 2., -1.], dtype=torch.float64)
+    """
+
+    __slots__ = ()
+
+    def __init__(self, function: Callable[[Tensor], Tensor], point: Tensor):
+        if not callable(function):
+            raise TypeError(f"function must be callable, got {function!r}")
+        if not isinstance(point, Tensor) or point.ndim != 1:
+            got = f"shape {tuple(point.shape)}" if isinstance(point, Tensor) else type(point).__name__
+            raise TypeError(f"point must be a tensor of shape (n,), got {got}")
+        if not torch.compiler.is_compiling():
+            load_forward_mode()
+        super().__init__(_Push(function), point, point.shape[0], rmatvec=_Pull(function))
+
+
+def _flatten(A: LinearOperator) -> tuple[list, tuple]:
+    return [A.params], (A.matvec, A.in_size, A.given, A.rmatvec)
+
+
+def _unflatten(leaves: Any, context: tuple) -> LinearOperator:
+    A = object.__new__(LinearOperator)  # no checks: a pytree holds axes, None or any other object in place of a leaf
+    (A.params,) = leaves
+    A.matvec, A.in_size, A.given, A.rmatvec = context
+    return A
+
+
+for _kind in (LinearOperator, JacobianOperator):
+    torch_pytree.register_pytree_node(_kind, _flatten, _unflatten)
+    cast(Any, optree.register_pytree_node)(
+        _kind,
+        lambda A: ((A.params,), _flatten(A)[1], ("params",)),
+        lambda context, leaves: _unflatten(leaves, context),
+        namespace=optree.registry.__GLOBAL_NAMESPACE,
+    )

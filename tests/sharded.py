@@ -1,0 +1,357 @@
+"""What tests/test_distributed.py asks of one process that has all rows, and of several that have some each.
+
+A case is a function of a `Place`, which gives {kind: [tensors]}: "same" for what is the same on all ranks, "rows" for
+what has this rank's rows in front, "entries" for what has this rank's entries there.
+"""
+
+import datetime
+import os
+import threading
+import time
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from helpers import normal, problem, with_singular_values
+from torch.func import grad, hessian, jacfwd, jacrev, jvp
+
+import functional_lstsq as fl
+
+SPLITS = {"even": lambda m: (0, m // 2, m), "of one row and of none": lambda m: (0, m - 1, m, m)}
+CGLS = fl.CGLS(tolerance=1e-14)
+SOLVERS = {"auto": None, "dense": fl.Dense(), "cgls": CGLS}
+
+
+class Place:
+    """Rows first to last of a problem, in the group of all ranks; without a group all of them, in one process."""
+
+    def __init__(self, split=None, *, m=40, n=8, seed=1, **options):
+        self.alone, self.m = split is None, m
+        pattern, values, b = options.pop("given", None) or problem(m, n, seed=seed, **options)
+        rank = 0 if self.alone else dist.get_rank()
+        self.first, self.last = (0, m) if self.alone else SPLITS[split](m)[rank : rank + 2]
+        self.mine = (pattern.indices[0] >= self.first) & (pattern.indices[0] < self.last)
+        indices = pattern.indices[:, self.mine].clone()
+        indices[0] -= self.first
+        self.pattern = fl.SparsePattern(indices, (self.last - self.first, n))
+        self.values, self.b = values[self.mine], self.rows(b)
+        self.weights = self.rows(0.5 + normal(m, seed=seed + 1).abs())
+        self.A = self.matrix(self.values)
+
+    def rows(self, whole):
+        return whole[self.first : self.last]
+
+    def entries(self, seed):
+        """Normally distributed numbers at the entries."""
+        return normal(len(self.mine), seed=seed)[self.mine]
+
+    def matrix(self, values):
+        A = fl.SparseMatrix(values, self.pattern)
+        return A if self.alone else fl.distributed.shard_rows(A)
+
+    def total(self, t):
+        return t if self.alone else fl.distributed.total(t)
+
+    def shared(self, t):
+        return t if self.alone else fl.distributed.shared(t)
+
+
+def solution(place, solver, **options):
+    found = fl.solve(place.A, place.b, solver=SOLVERS[solver], **options)
+    return {"same": [found.x], "rows": [found.residual], "info": [torch.stack([t.double() for t in found.info])]}
+
+
+def weighted_columns(place):
+    n = place.A.shape[1]
+    weights = torch.where(place.rows(torch.arange(place.m)) % 7 == 3, 0.0, place.weights)
+    b, x0 = torch.stack([place.b, place.b.sin(), torch.zeros_like(place.b)], 1), normal(n, 3, seed=9)
+    found = fl.solve(place.A, b, weights=weights, damp=torch.linspace(0, 1, n), x0=x0, solver=CGLS)
+    return {"same": [found.x], "rows": [found.residual]}
+
+
+def vmap_over_b(place):
+    B = torch.stack([place.b, place.b.cos(), place.b.exp()])
+    x = torch.vmap(lambda b: fl.lstsq(place.A, b))(B)
+    by_b = torch.vmap(grad(lambda b: fl.lstsq(place.A, b).sin().sum()))(B)
+    by_A = torch.vmap(grad(lambda v, b: fl.lstsq(place.matrix(v), b).sin().sum()), (None, 0))(place.values, B)
+    return {"same": [x], "rows": [by_b.T], "entries": [by_A.T]}
+
+
+def vmap_over_values(place):
+    V = torch.stack([place.values, place.values + 0.1 * place.entries(5)])
+    x = torch.vmap(lambda v: fl.lstsq(place.matrix(v), place.b))(V)
+    return {"same": [x], "entries": [torch.vmap(grad(lambda v: fl.lstsq(place.matrix(v), place.b).exp().sum()))(V).T]}
+
+
+def loss(place, solver, A, b, weights, damp):
+    """Of the solution and of the residual, which every rank has a part of."""
+    found = fl.solve(A, b, weights=weights, damp=damp, solver=SOLVERS[solver])
+    return found.x.sin().sum() + place.total((place.shared(found.x).sum() * found.residual.square()).sum())
+
+
+def arguments(place, damp):
+    n = place.A.shape[1]
+    return place.A, place.b, place.weights, torch.tensor(0.3) if damp == "one" else torch.linspace(0.1, 1, n)
+
+
+def gradient(place, solver, damp):
+    by_A, by_b, by_weights, by_damp = grad(partial(loss, place, solver), (0, 1, 2, 3))(*arguments(place, damp))
+    return {"same": [by_damp], "rows": [by_b, by_weights], "entries": [by_A.values]}
+
+
+def directions(place):
+    dA = place.matrix(place.entries(3))
+    return dA, place.rows(normal(place.m, seed=4)), place.rows(normal(place.m, seed=5)), torch.tensor(0.7)
+
+
+def tangent(place):
+    def both(*given):
+        found = fl.solve(given[0], given[1], weights=given[2], damp=given[3])
+        return found.x, found.residual
+
+    x_dot, residual_dot = jvp(both, arguments(place, "one"), directions(place))[1]
+    return {"same": [x_dot], "rows": [residual_dot]}
+
+
+def jacobian_by_values(place):
+    of_x = jacrev(fl.lstsq, (0, 1))(place.A, place.b)
+    return {"entries": [of_x[0].values.T], "rows": [of_x[1].T]}
+
+
+def second_along_a_direction(place):
+    """Of all arguments at once: forward over reverse, and reverse over reverse."""
+    by_all = grad(partial(loss, place, "auto"), (0, 1, 2, 3))
+    given, along = arguments(place, "one"), directions(place)
+    forward = jvp(by_all, given, along)[1]
+
+    def slope(*given):
+        found = by_all(*given)
+        own = (found[0].values * along[0].values).sum() + (found[1] * along[1]).sum() + (found[2] * along[2]).sum()
+        return place.total(own) + found[3] * along[3]
+
+    reverse = grad(slope, (0, 1, 2, 3))(*given)
+    return {
+        "same": [forward[3], reverse[3]],
+        "rows": [forward[1], forward[2], reverse[1], reverse[2]],
+        "entries": [forward[0].values, reverse[0].values],
+    }
+
+
+def of_parameters(place):
+    """A scalar of four parameters that make values, b, weights and damp."""
+
+    of_entries, (of_b, of_weights) = place.entries(3), (place.rows(normal(place.m, seed=seed)) for seed in (4, 6))
+
+    def function(theta):
+        mine = place.shared(theta)
+        A, b = place.matrix(place.values * (1 + mine[0] * of_entries)), place.b + mine[1].sin() * of_b
+        return loss(place, "dense", A, b, place.weights * mine[2].exp() + 0.1 * of_weights.abs() * mine[2], theta[3])
+
+    return function, torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+
+def hessians(place):
+    function, theta = of_parameters(place)
+    mixes = (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f)))
+    return {"same": [mix(function)(theta) for mix in mixes]}
+
+
+def third(place):
+    function, theta = of_parameters(place)
+    return {"same": [jacfwd(jacrev(jacfwd(function)))(theta)]}
+
+
+def autograd(place):
+    values, b = place.values.clone().requires_grad_(), place.b.clone().requires_grad_()
+    fl.lstsq(place.matrix(values), b, solver=CGLS).square().sum().backward()
+    return {"rows": [b.grad], "entries": [values.grad]}
+
+
+def products(place):
+    X, Y = normal(8, 2, seed=7), place.rows(normal(place.m, 2, seed=8))
+    adjoint = place.A.H.matmul if place.alone else place.A.adjoint
+
+    def function(A, X, Y):
+        back = (A.H.matmul if place.alone else A.adjoint)(Y)
+        return place.total(A.matmul(X).sin().sum()) + back.cos().sum()
+
+    by_A, by_X, by_Y = grad(function, (0, 1, 2))(place.A, X, Y)
+    return {"same": [adjoint(Y), by_X], "rows": [place.A @ X, by_Y], "entries": [by_A.values]}
+
+
+def of_dtype(place):
+    found = fl.solve(place.A, place.b)
+    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b).abs().square().sum(), (0, 1))(place.A, place.b)
+    return {"same": [found.x], "rows": [found.residual, by_b], "entries": [by_A.values]}
+
+
+def of_a_small_residual(place):
+    """In single precision, where rounding of the cotangent 2 r would be magnified."""
+    given = place.A, place.b
+    by_A, by_b = grad(lambda A, b: place.total(fl.solve(A, b).residual.square().sum()), (0, 1))(*given)
+    return {"rows": [by_b], "entries": [by_A.values]}
+
+
+def ill_conditioned_gradient(place):
+    """Of condition 1e5, where derivatives need what rounding has left out of solutions."""
+    found = gradient(place, "dense", "each")
+    along = jvp(lambda A: fl.lstsq(A, place.b, damp=1e-6).sum(), (place.A,), (place.matrix(place.entries(3)),))[1]
+    return {**found, "same": [*found["same"], along]}
+
+
+def wide(place):
+    by_A, by_damp = grad(lambda A, d: fl.lstsq(A, place.b, damp=d).sin().sum(), (0, 1))(place.A, torch.tensor(0.5))
+    return {"same": [fl.lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [by_A.values]}
+
+
+def ill_conditioned(place):
+    found = fl.solve(place.A, place.b, solver=fl.Dense())
+    assert found.info.method == "dense-qr"
+    return {"same": [found.x], "rows": [found.residual]}
+
+
+def many_columns(place):
+    """More than the 500 up to which A^H A is factored."""
+    found = fl.solve(place.A, place.b)
+    assert place.alone or found.info.method == "cgls"
+    return {"same": [found.x], "rows": [found.residual]}
+
+
+def large_numbers(place):
+    return {"same": [fl.lstsq(place.A, 1e250 * place.b) * 1e-250]}
+
+
+def of_singular_values(s, m):
+    D, pattern = with_singular_values(torch.tensor(s, dtype=torch.float64), m)
+    return {"given": (pattern, D.reshape(-1), normal(m, seed=3)), "m": m, "n": len(s)}
+
+
+CASES = {  # name: (case, what the problem is)
+    **{f"solve, {name}": (partial(solution, solver=name), {}) for name in SOLVERS},
+    "solve, extended": (partial(solution, solver="dense", refine="extended"), {}),
+    **{
+        f"gradient, {solver}, {damp} damp": (partial(gradient, solver=solver, damp=damp), {})
+        for solver in ("dense", "cgls")
+        for damp in ("one", "each")
+    },
+    "weighted columns": (weighted_columns, {}),
+    "vmap over b": (vmap_over_b, {}),
+    "vmap over values": (vmap_over_values, {}),
+    "jvp": (tangent, {}),
+    "jacrev by values and b": (jacobian_by_values, {}),
+    "second derivatives by all": (second_along_a_direction, {}),
+    "hessians": (hessians, {}),
+    "third derivative": (third, {}),
+    "autograd": (autograd, {}),
+    "products": (products, {}),
+    "complex128": (of_dtype, {"dtype": torch.complex128}),
+    "float32": (of_dtype, {"dtype": torch.float32}),
+    "float32, of the residual": (of_a_small_residual, {"dtype": torch.float32}),
+    "ill-conditioned gradient": (ill_conditioned_gradient, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
+    "wide with damp": (wide, {"m": 6, "n": 8}),
+    "ill-conditioned": (ill_conditioned, of_singular_values([1.0, 0.5, 1e-3, 1e-8], 30)),
+    "many columns": (many_columns, {"m": 1500, "n": 520, "density": 0.01}),
+    "large numbers": (large_numbers, {}),
+}
+
+
+def start(rank, size, folder, seconds):
+    """Make this process a rank, on the loopback device, by a file in a folder."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = datetime.timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=size, timeout=timeout)
+
+
+def work(rank, size, folder, split):
+    """All cases on a split, and on two ranks what is refused; what came out is left in the folder."""
+    start(rank, size, folder, 30)
+    found = {}
+    for name, (case, options) in CASES.items():
+        try:
+            found[name] = case(Place(split, **options))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            found[name] = repr(error)
+    for name, refused in _refusals(rank).items() if size == 2 else ():
+        try:
+            refused()
+            found[name] = "nothing", ""
+        except (RuntimeError, TypeError, ValueError) as error:
+            found[name] = type(error).__name__, str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def of_rank(rank, one, other):
+    return one if rank == 1 else other
+
+
+def _refusals(rank):
+    """{name: what is refused} of this rank of two; what differs, does so on rank 1."""
+    place = Place("even")
+    A, b, m = place.A, place.b, len(place.b)
+    bad = torch.where(torch.arange(m) == 3, torch.nan, b)
+    short = fl.SparseMatrix(torch.ones(1), fl.SparsePattern(torch.zeros(2, 1, dtype=torch.int64), (1, 7)))
+    twice = torch.arange(2 * m)
+    twice = fl.SparseMatrix(torch.ones(2 * m), fl.SparsePattern(torch.stack([twice // 2, twice % 2]), (m, 2)))
+    deficient = fl.distributed.shard_rows(twice)
+    differ = partial(of_rank, rank)
+    return {
+        "NaN in b": lambda: fl.lstsq(A, differ(bad, b)),
+        "NaN in A": lambda: fl.lstsq(place.matrix(place.values * differ(torch.nan, 1.0)), b),
+        "b of another size": lambda: fl.lstsq(A, differ(b[1:], b)),
+        "b of another dtype": lambda: fl.lstsq(A, differ(b.to(torch.complex128), b)),
+        "b of more columns": lambda: fl.lstsq(A, differ(b[:, None].expand(-1, 2), b)),
+        "negative weights": lambda: fl.lstsq(A, b, weights=differ(-place.weights, place.weights)),
+        "infinite weights": lambda: fl.lstsq(A, b, weights=place.weights + differ(torch.inf, 0.0)),
+        "weights on one rank": lambda: fl.lstsq(A, b, weights=differ(place.weights, None)),
+        "another n": lambda: fl.distributed.shard_rows(differ(short, A.rows)),
+        "another dtype of A": lambda: fl.distributed.shard_rows(differ(A.rows.to(torch.float32), A.rows)),
+        "no matrix": lambda: fl.distributed.shard_rows(differ(b, A.rows)),
+        "another solver": lambda: fl.lstsq(A, b, solver=differ(fl.CGLS(), fl.Dense())),
+        "another damp": lambda: fl.lstsq(A, b, damp=differ(0.1, 0.2)),
+        "another x0": lambda: fl.lstsq(A, b, x0=normal(8, seed=rank)),
+        "x that is not shared": lambda: grad(lambda A: place.total((fl.lstsq(A, b).sum() * b).sum()))(A),
+        "NaN from a loss": lambda: grad(
+            lambda A: place.total((place.shared(fl.lstsq(A, b)).sum() * differ(bad, b)).sum())
+        )(A),
+        "bounds": lambda: fl.lstsq(A, b, bounds=(0, 1)),
+        "robust": lambda: fl.lstsq(A, b, robust=fl.Huber()),
+        "minimum_norm": lambda: fl.lstsq(A, b, rank_deficient="minimum_norm"),
+        "Direct": lambda: fl.lstsq(A, b, solver=fl.Direct()),
+        "a preconditioner": lambda: fl.lstsq(A, b, solver=fl.CGLS(preconditioner=lambda g: g)),
+        "a callback": lambda: fl.lstsq(A, b, solver=fl.CGLS(callback=print)),
+        "factorize": lambda: fl.factorize(A),
+        "wide": lambda: fl.lstsq(Place("even", m=6).A, b[:3]),
+        "no full rank": lambda: fl.lstsq(deficient, b),
+        "no full rank by CGLS": lambda: fl.lstsq(deficient, b, solver=fl.CGLS()),
+        "a total of integers": lambda: fl.distributed.total(torch.ones(2, dtype=torch.int64)),
+        "no group": lambda: fl.distributed.shard_rows(A.rows, "all"),
+    }
+
+
+def work_until_lost(rank, size, folder, how):
+    """Rank 1 dies or sleeps in the middle of a solve of rank 0, whose group waits two seconds."""
+    start(rank, size, folder, 2)
+    place, calls = Place("even", m=1500, n=520, density=0.01), 0
+    whole = fl.distributed.ranks.Ranks.sum
+
+    def lost(ranks, t):
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(6)
+        return whole(ranks, t)
+
+    if rank == 1:
+        fl.distributed.ranks.Ranks.sum = lost
+    begun = time.monotonic()
+    try:
+        fl.lstsq(place.A, place.b)
+        told = "nothing"
+    except fl.distributed.RankError as error:
+        told = str(error)
+    torch.save((told, time.monotonic() - begun), f"{folder}/{rank}.pt")
+    threading.Timer(0.1, os._exit, [0]).start()

@@ -1,0 +1,172 @@
+"""Rows on many ranks: processes that sharded.py starts, held against one process that has all rows."""
+
+import pytest
+import torch
+import torch.multiprocessing
+from helpers import close
+from sharded import CASES, SPLITS, Place, work, work_until_lost
+
+import functional_lstsq as fl
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch has no gloo"
+)
+
+
+def processes(function, size, folder, *given):
+    """What each of `size` processes has left in a folder."""
+    torch.multiprocessing.spawn(function, (size, str(folder), *given), size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """What the cases gave on the ranks of a split, which has processes of its own once it is first asked for."""
+    kept = {}
+
+    def found(split):
+        if split not in kept:
+            size = len(SPLITS[split](1)) - 1
+            kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split)
+        return kept[split]
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    kept = {}
+
+    def found(name):
+        if name not in kept:
+            case, options = CASES[name]
+            place = Place(**options)
+            kept[name] = case(place), place
+        return kept[name]
+
+    yield found
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_as_in_one_process(on_ranks, alone, split, name):
+    (want, whole), got = alone(name), [found[name] for found in on_ranks(split)]
+    assert not any(isinstance(of_rank, str) for of_rank in got), got
+    tolerance = 1e-6 if name.startswith("float32") else 1e-10
+    for of_rank in got[1:]:
+        for kind in ("same", "info"):
+            for one, other in zip(got[0].get(kind, ()), of_rank.get(kind, ()), strict=True):
+                assert torch.equal(one, other), "ranks differ"
+    for one, other in zip(got[0].get("same", ()), want.get("same", ()), strict=True):
+        close(one, other, tolerance)
+    for parts, other in zip(
+        zip(*(of_rank.get("rows", ()) for of_rank in got), strict=True), want.get("rows", ()), strict=True
+    ):
+        close(torch.cat(parts), other, tolerance)
+    ends, row = SPLITS[split](whole.m), whole.pattern.indices[0]
+    for place, of_rank in enumerate(got):
+        mine = (row >= ends[place]) & (row < ends[place + 1])
+        for one, other in zip(of_rank.get("entries", ()), want.get("entries", ()), strict=True):
+            assert one.shape == other[mine].shape
+            assert float((one - other[mine]).abs().sum()) <= tolerance * float(other.abs().sum())
+
+
+REFUSALS = {  # name: (what is raised, words of the message)
+    "NaN in b": (ValueError, "on rank 1: b must be finite, got NaN in it"),
+    "NaN in A": (ValueError, "on rank 1: A must be finite, got NaN in it"),
+    "b of another size": (
+        ValueError,
+        r"on rank 1: b must have shape (20,) or (20, k) for A of shape (20, 8), got (19,)",
+    ),
+    "b of another dtype": (ValueError, "got torch.float64 on rank 0 and torch.complex128 on rank 1"),
+    "b of more columns": (
+        ValueError,
+        "the columns of b must be the same on all ranks, got () on rank 0 and (2,) on rank 1",
+    ),
+    "negative weights": (ValueError, "on rank 1: weights must not be negative"),
+    "infinite weights": (ValueError, "on rank 1: weights must be finite"),
+    "weights on one rank": (ValueError, "whether there are weights must be the same on all ranks, got False on rank 0"),
+    "another n": (
+        ValueError,
+        "the number of columns of A must be the same on all ranks, got 8 on rank 0 and 7 on rank 1",
+    ),
+    "another dtype of A": (ValueError, "the dtype of A must be the same on all ranks, got torch.float64 on rank 0"),
+    "no matrix": (
+        TypeError,
+        "on rank 1: A must be a SparseMatrix or a torch sparse tensor of this rank's rows, got Tensor",
+    ),
+    "another solver": (ValueError, "solver, refine and rank_tolerance must be the same on all ranks"),
+    "another damp": (ValueError, "damp must be the same on all ranks"),
+    "another x0": (ValueError, "x0 must be the same on all ranks"),
+    "x that is not shared": (ValueError, "the cotangent of x, which is shared"),
+    "NaN from a loss": (ValueError, "what came in for a derivative holds NaN or infinity"),
+    "bounds": (ValueError, "a sharded matrix allows no bounds, got (0, 1)"),
+    "robust": (ValueError, "a sharded matrix allows no robust"),
+    "minimum_norm": (ValueError, "rank_deficient must be 'raise' for a sharded matrix, got 'minimum_norm'"),
+    "Direct": (TypeError, "solver must be Auto(), Dense(), CGLS() or None for a sharded matrix, got Direct("),
+    "a preconditioner": (ValueError, "a sharded matrix allows no preconditioner of CGLS"),
+    "a callback": (ValueError, "a sharded matrix allows no callback of CGLS"),
+    "factorize": (TypeError, "A must be a SparseMatrix or a torch sparse tensor, got ShardedMatrix"),
+    "wide": (ValueError, "a sharded matrix with fewer rows than columns needs damp, got shape (6, 8)"),
+    "no full rank": (fl.RankDeficientError, "has rank 1, not full rank 2"),
+    "no full rank by CGLS": (fl.RankDeficientError, "has rank below 2, not full rank 2"),
+    "a total of integers": (TypeError, "t must be a floating or complex dense tensor, got torch.int64"),
+    "no group": (TypeError, "group must be a group of torch.distributed or None, got 'all'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_all_ranks_raise_the_same_error(on_ranks, name):
+    (kind, message), other = (of_rank[name] for of_rank in on_ranks("even"))
+    assert (kind, message) == other
+    assert kind == REFUSALS[name][0].__name__
+    assert REFUSALS[name][1] in message
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_lost_rank_ends_the_others_within_the_timeout(tmp_path, how):
+    context = torch.multiprocessing.spawn(work_until_lost, (2, str(tmp_path), how), 2, join=False)
+    for process in context.processes:
+        process.join(30)
+    told, seconds = torch.load(tmp_path / "0.pt")
+    assert told.startswith("rank 0 of 2 lost another one: it died, raised an error of its own, did not come within")
+    assert seconds < 5
+
+
+def test_without_a_group_it_says_how_to_make_one():
+    A = fl.eye(2)
+    with pytest.raises(RuntimeError, match="not initialised: call torch"):
+        fl.distributed.shard_rows(A)
+
+
+@pytest.fixture
+def group_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_sums_over_ranks_compile_in_one_graph():
+    def gradient(theta):
+        return torch.func.grad(lambda theta: fl.distributed.total(fl.distributed.shared(theta).sin().sum()))(theta)
+
+    theta = torch.linspace(0, 1, 4, dtype=torch.float64)
+    assert torch.equal(torch.compile(gradient, fullgraph=True, backend="eager")(theta), theta.cos())
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_solve_is_refused_by_a_whole_graph():
+    A, b = fl.distributed.shard_rows(fl.eye(2)), torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"torch\.compile cannot take .* a sharded matrix"):
+        torch.compile(lambda b: fl.lstsq(A, b), fullgraph=True, backend="eager")(b)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("function", [fl.leverage, fl.factorize, lambda A: fl.weakest(A, 1), lambda A: fl.vstack([A])])
+def test_what_takes_no_sharded_matrix_says_so(function):
+    with pytest.raises(TypeError, match=r"must be .* torch sparse tensors?, got .*ShardedMatrix"):
+        function(fl.distributed.shard_rows(fl.eye(2)))

@@ -1,0 +1,377 @@
+"""Compiled kernels and torch's operations, held to the same references, in processes of every kind."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import close, dense, problem
+
+import functional_lstsq as fl
+from functional_lstsq.solvers import dense as room
+from functional_lstsq.sparse import dense_kernels, kernels
+from functional_lstsq.sparse.gram_pattern import GramPattern
+from functional_lstsq.sparse.plain_products import Operator
+from functional_lstsq.sparse.products import _sample_kernel
+
+pytest.importorskip("numba")
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+SHAPES = [(30, 12), (12, 30), (1, 7), (7, 1)]
+KINDS = [(dtype, copies, k) for dtype in DTYPES for copies in (1, 3) for k in (0, 1, 2, 3, 4, 7)]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "available", lambda device: False)
+    return request.param
+
+
+def pattern_of(m, n, *, shuffled=True, seed=0):
+    """Some entries, with a row and a column that are empty where there are several."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(m, n, generator=g) < 0.4
+    mask[m // 2, n // 2] = True
+    if m > 1:
+        mask[0] = False
+    if n > 1:
+        mask[:, n - 1] = False
+    indices = mask.nonzero().T
+    if shuffled:
+        indices = indices[:, torch.randperm(indices.shape[1], generator=g)]
+    return fl.SparsePattern(indices, (m, n))
+
+
+def integers(*shape, dtype):
+    real = torch.randint(-8, 9, shape).to(dtype)
+    return real + 1j * torch.randint(-8, 9, shape) if dtype.is_complex else real
+
+
+def double(t):
+    return t.to(torch.complex128 if t.dtype.is_complex else torch.float64)
+
+
+def products(pattern, values, X, Y):
+    """(A X, A^H Y, the entries of Y X^H) by the operator."""
+    A = Operator(pattern, values)
+    return A.matmul(X), A.adjoint(Y), _sample_kernel(Y, X, pattern.indices, *pattern.shape)
+
+
+def references(pattern, values, X, Y):
+    A, (i, j) = double(Operator(pattern, values).dense()), pattern.indices
+    X, Y = double(X), double(Y)
+    return A @ X, A.mH @ Y, (Y @ X.mH)[:, i, j]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype, copies, k", KINDS, ids=str)
+def test_products_of_integers_are_exact(way, shape, dtype, copies, k, shuffled):
+    torch.manual_seed(0)
+    pattern, (m, n) = pattern_of(*shape, shuffled=shuffled), shape
+    given = integers(copies, pattern.nnz, dtype=dtype), integers(copies, n, k, dtype=dtype)
+    Y = integers(copies, m, k, dtype=dtype)
+    for got, want in zip(products(pattern, *given, Y), references(pattern, *given, Y), strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(double(got), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_products_are_as_accurate_as_their_dtype(way, dtype, k):
+    torch.manual_seed(0)
+    pattern, (m, n) = pattern_of(200, 40), (200, 40)
+    values, X, Y = (torch.randn(2, *shape, dtype=dtype) for shape in ((pattern.nnz,), (n, k), (m, k)))
+    sizes = references(pattern, values.abs(), X.abs(), Y.abs())
+    for got, want, size in zip(products(pattern, values, X, Y), references(pattern, values, X, Y), sizes, strict=True):
+        assert ((double(got) - want).abs() <= 8 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_long_sums_in_single_precision_are_taken_in_double(dtype):
+    m = 200_000
+    pattern = fl.SparsePattern(torch.stack([torch.arange(m), torch.zeros(m, dtype=torch.int64)]), (m, 1))
+    values = torch.full((1, m), 0.1, dtype=dtype)
+    for k in (1, 2, 5):
+        got = Operator(pattern, values).adjoint(torch.ones((1, m, k), dtype=dtype))
+        want = m * float(torch.tensor(0.1))
+        assert ((double(got) - want).abs() <= 1e-7 * want).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_gram_values_of_integers_are_exact(way, dtype, shuffled, shape):
+    torch.manual_seed(0)
+    pattern = pattern_of(*shape, shuffled=shuffled)
+    gram, values = GramPattern(pattern), integers(pattern.nnz, dtype=dtype)
+    A = Operator(pattern, values[None]).dense()[0]
+    for _ in range(2):
+        assert torch.equal(gram.values(values), (A.mH @ A)[gram.rows, gram.columns])
+
+
+def test_gram_values_of_long_columns(way):
+    m = 300_000
+    pattern = fl.SparsePattern(torch.cartesian_prod(torch.arange(m), torch.arange(2)).T, (m, 2))
+    values = torch.rand(2 * m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = GramPattern(pattern).values(values)
+    for t, (i, j) in enumerate([(0, 0), (1, 0), (1, 1)]):
+        want = math.fsum((values[i::2] * values[j::2]).tolist())
+        assert abs(float(got[t]) - want) <= 5e-15 * want
+
+
+def test_more_threads_give_the_same_numbers():
+    torch.manual_seed(0)
+    m, n = 40_000, 3000
+    indices = torch.stack([torch.arange(m).repeat_interleave(8), torch.randint(0, n, (8 * m,))]).unique(dim=1)
+    pattern, threads = fl.SparsePattern(indices, (m, n)), torch.get_num_threads()
+    values = torch.randn((1, pattern.nnz), dtype=torch.float64)
+    X, Y = torch.randn((1, n, 2), dtype=torch.float64), torch.randn((1, m, 2), dtype=torch.float64)
+    try:
+        found = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with ThreadPoolExecutor(4) as pool:
+                some = list(pool.map(lambda _: products(pattern, values, X, Y), range(4)))
+            found += [(*one, GramPattern(pattern).values(values[0])) for one in some]
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_nan_and_infinity_come_through(way, bad, dtype, k):
+    pattern = fl.SparsePattern(torch.tensor([[0, 0, 1, 2], [0, 1, 1, 0]]), (3, 2))
+    values, X = torch.ones((1, 4), dtype=dtype), torch.ones((1, 2, k), dtype=dtype)
+    values[0, 1], Y = bad, torch.ones((1, 3, k), dtype=dtype)
+    product, adjoint, _ = products(pattern, values, X, Y)
+    assert (~product[0, 0].isfinite()).all()
+    assert product[0, 1:].isfinite().all()
+    assert (~adjoint[0, 1].isfinite()).all()
+    assert adjoint[0, 0].isfinite().all()
+    X[0, 1] = bad
+    _, _, entries = products(pattern, torch.ones_like(values), X, Y)
+    assert entries[0].isfinite().tolist() == [True, False, False, True]
+
+
+def test_a_product_goes_where_it_is_told():
+    pattern = pattern_of(30, 12)
+    A = Operator(pattern, torch.ones((2, pattern.nnz), dtype=torch.float64))
+    X, out = torch.randn((2, 12, 2), dtype=torch.float64), torch.empty((2, 30, 2), dtype=torch.float64)
+    assert A.matmul(X, out=out) is out
+    assert torch.equal(out, A.matmul(X.mT.contiguous().mT))
+
+
+def test_conjugated_and_negated_views_are_taken_for_what_they_are(way):
+    torch.manual_seed(0)
+    pattern = pattern_of(30, 12)
+    values = torch.randn((1, pattern.nnz), dtype=torch.complex128).conj()
+    X, Y = torch.randn((1, 2, 12), dtype=torch.complex128).mH, torch.randn((1, 30, 2), dtype=torch.complex128).conj()
+    for got, want in zip(products(pattern, values, X, Y), references(pattern, values, X, Y), strict=True):
+        assert torch.allclose(got, want)
+    negated = Y.imag
+    assert negated.is_neg()
+    real = Operator(pattern, torch.ones((1, pattern.nnz), dtype=torch.float64))
+    assert torch.allclose(real.adjoint(negated), real.dense().mT @ negated)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_iterations_come_to_the_same(monkeypatch, dtype, damp):
+    """Compiled and in torch: x, its derivatives by values and b, and how often was iterated."""
+    pattern, values, b = problem(60, 20, dtype=dtype)
+
+    def solved():
+        def objective(values, b):
+            A = fl.SparseMatrix(values, pattern)
+            solution = fl.solve(A, b, damp=damp or None, solver=fl.CGLS())
+            return solution.x.abs().square().sum(), solution
+
+        gradients, solution = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(values, b)
+        return (solution.x, solution.residual, *gradients), solution.info
+
+    entered, steps = [], kernels.Iteration
+    monkeypatch.setattr(kernels, "Iteration", lambda *given: entered.append(1) or steps(*given))
+    compiled, info = solved()
+    assert entered
+    monkeypatch.setattr(kernels, "available", lambda device: False)
+    entered.clear()
+    by_torch, other = solved()
+    assert not entered
+    for got, want in zip(compiled, by_torch, strict=True):
+        close(got, want, 20 * torch.finfo(dtype).eps)
+    assert info.status == other.status
+    assert abs(info.iterations - other.iterations) <= 2
+    A = dense(double(values), pattern)
+    x = torch.linalg.solve(A.mH @ A + damp**2 * torch.eye(20, dtype=A.dtype), A.mH @ double(b))
+    assert float((double(compiled[0]) - x).norm() / x.norm()) <= max(4 * torch.finfo(dtype).eps, 1e-11)
+
+
+def test_iterations_end_where_there_is_no_curvature():
+    pattern = fl.SparsePattern(torch.tensor([[0], [0]]), (1, 1))
+    zero, one = torch.zeros((1, 1, 1), dtype=torch.float64), torch.ones((1, 1, 1), dtype=torch.float64)
+    values, r, gradient = torch.zeros((1, 1), dtype=torch.float64), one.clone(), one.clone()
+    steps = kernels.Iteration(pattern, values, values, one, None, None, r, zero, gradient, 1.0)
+    assert steps.advance(5, 0.0, 1e20) == (0, False)
+
+
+SOLVE = """
+import sys, torch
+before = sys.modules.get("numba")
+import functional_lstsq as fl
+assert sys.modules.get("numba") is before, "imported too early"
+indices = torch.cartesian_prod(torch.arange(9), torch.arange(3)).T
+A = fl.SparseMatrix((torch.arange(27.0, dtype=torch.float64) ** 1.5).sin(), fl.SparsePattern(indices, (9, 3)))
+b = torch.arange(9.0, dtype=torch.float64)
+def error():
+    x = fl.lstsq(A, b, solver=fl.CGLS())
+    return float((A.values.view(9, 3).T @ (A.values.view(9, 3) @ x - b)).abs().max())
+assert error() < 1e-10
+"""
+
+
+def run(program, cwd=None, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def test_numba_is_imported_when_it_is_needed_and_is_silent_where_nobody_watches():
+    assert run(SOLVE + "assert 'numba' in sys.modules").stderr == ""
+
+
+def test_without_numba_torch_does_it():
+    run("import sys; sys.modules['numba'] = None\n" + SOLVE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_forked_process_has_kernels(before):
+    program = SOLVE.replace("assert error() < 1e-10", "assert error() < 1e-10" if before else "")
+    program += """
+import os
+from functional_lstsq.sparse.plain_products import Operator
+child = os.fork()
+torch.set_num_threads(2)
+large = fl.SparsePattern(torch.cartesian_prod(torch.arange(200_000), torch.arange(2)).T, (200_000, 2))
+ones = Operator(large, torch.ones((1, 400_000), dtype=torch.float64))
+right = bool((ones.adjoint(ones.matmul(torch.ones((1, 2, 1), dtype=torch.float64))) == 400_000).all())
+right = right and error() < 1e-10
+if child == 0:
+    os._exit(0 if right else 3)
+assert right and os.waitpid(child, 0)[1] == 0
+"""
+    run(program)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "beside", "told"])
+def test_a_place_for_compiled_code_is_not_needed(place, tmp_path):
+    """A package that cannot be written to, of a user without a home."""
+    package = Path(fl.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    cache, file = tmp_path / "cache", tmp_path / "file"
+    file.write_text("")
+    # A file stands where folders would have to be made: root may write anywhere else.
+    environment = {"HOME": str(file / "home"), "XDG_CACHE_HOME": str(file / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"NUMBA_CACHE_DIR": str(cache)} if place == "told" else {}
+    if place != "beside":
+        (tmp_path / package.name / "sparse" / "__pycache__").write_text("")
+    run(SOLVE + f"assert fl.__file__.startswith({str(tmp_path)!r})", cwd=tmp_path, **environment)
+    kept = list((tmp_path / package.name / "sparse").glob("__pycache__/compiled*.nbc"))
+    assert bool(kept) == (place == "beside")
+    assert bool(list(cache.rglob("*.nbc"))) == (place == "told")
+
+
+def test_a_cache_that_cannot_be_read_is_done_without(tmp_path):
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run(SOLVE, **environment)
+    for file in tmp_path.rglob("*.nb*"):
+        file.write_bytes(b"spoilt")
+    run(SOLVE, **environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals")
+def test_compiling_is_announced_on_a_terminal_once(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    lines = []
+    for _ in range(2):
+        ours, theirs = os.openpty()
+        with open(ours, "rb", buffering=0) as screen:
+            subprocess.run([sys.executable, "-c", SOLVE], stderr=theirs, check=True, timeout=300, env=environment)
+            os.write(theirs, b"end\n")
+            os.close(theirs)
+            text = b""
+            while b"end" not in text:
+                text += screen.read(4096)
+        lines.append(text.decode().split("\r\n")[:-2])
+    assert len(lines[0]) == 1, lines
+    assert "compiling" in lines[0][0]
+    assert lines[1] == []
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_dense_gram_matrices_of_integers_are_exact(way, dtype, shape, copies, shuffled):
+    torch.manual_seed(0)
+    A = Operator(pattern_of(*shape, shuffled=shuffled), integers(copies, pattern_of(*shape).nnz, dtype=dtype))
+    assert torch.equal(A.gram(), A.dense().mH @ A.dense())
+
+
+@pytest.mark.parametrize("damped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_dense_factors_and_their_extreme_eigenvalues(dtype, damped):
+    g = torch.Generator().manual_seed(0)
+    m, n, copies = 90, 33, 4
+    pattern = fl.SparsePattern((torch.rand(m, n, generator=g) < 0.3).nonzero().T, (m, n))
+    A = Operator(pattern, torch.randn(copies, pattern.nnz, dtype=dtype, generator=g))
+    d2 = torch.rand(copies, n, dtype=torch.float64, generator=g) if damped else None
+    G = A.dense().mH @ A.dense() + (0 if d2 is None else torch.diag_embed(d2))
+    L, extremes = dense_kernels.dense_factor(A.rows.arrays, pattern, d2)
+    torch.testing.assert_close(L, torch.linalg.cholesky(G), rtol=1e-12, atol=1e-13)
+    exact = torch.linalg.eigvalsh(G)
+    assert (extremes[:, 0] <= exact[:, -1]).all()
+    assert (extremes[:, 0] >= 0.7 * exact[:, -1]).all()
+    assert (extremes[:, 1] >= exact[:, 0]).all()
+    assert (extremes[:, 1] <= exact[:, 0] / 0.7).all()
+
+
+def test_a_matrix_without_a_dense_factor_is_told():
+    A = Operator(fl.SparsePattern(torch.tensor([[0, 1, 2], [0, 0, 2]]), (3, 3)), torch.ones(1, 3, dtype=torch.float64))
+    assert dense_kernels.dense_factor(A.rows.arrays, A.pattern, None)[1][:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_a_batch_is_factored_as_its_matrices_are(n, monkeypatch):
+    """Some of the batch without full rank, in parts that are smaller than it."""
+    g = torch.Generator().manual_seed(0)
+    pattern = fl.SparsePattern((torch.rand(2 * n, n, generator=g) < 0.2).nonzero().T, (2 * n, n))
+    values = torch.randn(5, pattern.nnz, dtype=torch.float64, generator=g)
+    values[3, pattern.indices[1] == 7] = 0.0
+    b = torch.randn(5, 2 * n, dtype=torch.float64, generator=g)
+
+    def x(v, b):
+        return fl.lstsq(fl.SparseMatrix(v, pattern), b, solver=fl.Dense(), rank_deficient="minimum_norm")
+
+    one_by_one = torch.stack([x(*one) for one in zip(values, b, strict=True)])
+    monkeypatch.setattr(room, "_PART", 2 * n * n)
+    torch.testing.assert_close(torch.vmap(x)(values, b), one_by_one, rtol=1e-12, atol=1e-14)
