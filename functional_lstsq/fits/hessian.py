@@ -42,11 +42,11 @@ def conjugate(
     first, p, length = rho, z, rho
     definite = finite & rho.isfinite() & (rho >= 0)
     live = definite & (rho > 0)
-    products = 0
+    products, H = 0, curvature_at(objective, x, leaves)
     for _ in range(2 * c.shape[1] + 20):
         if not bool(live.any()):
             break
-        Hp = curvature_at(objective, p, x, leaves)
+        Hp = H(p)
         products += c.shape[2]
         curved = dot(p, Hp)
         definite = definite & (~live | (curved > _FLAT * length))

@@ -28,6 +28,7 @@ from .rounding import blur_of_gradient, floor_of_cost, is_rounding, spread_of_in
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
+_SAMPLES = 3  # of rounding errors, before a minimum is judged
 # Relative steps, and gradients in units of their rounding errors in double precision: after one more of Newton's steps
 # these errors are all that is left, whatever the precision of the input.
 _TARGET, _SMALL = 10 * EPS**0.5, 1e8
@@ -264,11 +265,12 @@ class _Descent:
         model = model_at(objective, s.J, s.weights, leaves)
         psi = s.weights * s.r
         spread = spread_of_influence(model, s.weights, s.r, s.x)
-        c = model.rounding(psi[:, :, None], spread[:, :, None])[:, :, 0]
+        # A sample of errors may by chance have a small part in the weakest direction: the largest of these counts.
+        samples = [model.rounding(psi[:, :, None], spread[:, :, None], seed) for seed in range(_SAMPLES)]
         g = each(objective.gradient, s.x, *leaves)
         # Neither sees a direction that it has no part in: at a saddle point that symmetry leads to, the one downwards.
         # This one has as large a part in every direction, in the norm of M, by which conjugate gradients measure.
-        right = torch.stack([g, c, model.probe(s.x, leaves)], 2)
+        right = torch.cat([g[:, :, None], model.probe(s.x, leaves)[:, :, None], *samples], 2)
         steps, definite, products = conjugate(objective, s.x, leaves, model, right, 1e-3)
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
@@ -278,15 +280,17 @@ class _Descent:
         # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
         left = torch.where(optimality <= objective.accept, left, 0.0)
         least = objective.accept * left + EPS**2 * self.start.sqrt()
-        last, rounding, _ = (relative(p, s.x, model.norms, least) for p in steps.unbind(2))
+        last, _, *sizes = (relative(p, s.x, model.norms, least) for p in steps.unbind(2))
+        rounding, largest = torch.stack(sizes, 1).max(1)
+        blur = steps[:, :, 2:].take_along_dim(largest[:, None, None], 2)[:, :, 0]
         found = (self.status == CONVERGED) & ~self.broken
         if objective.arithmetic > EPS and bool(found.any()):
             # Errors of single precision may reach where Newton's steps do not: from there one must lead back.
-            x = s.x + steps[:, :, 1]
+            x = s.x + blur
             back, seen, _ = conjugate(
                 objective, x, leaves, model, each(objective.gradient, x, *leaves)[:, :, None], 1e-3
             )
-            missed = relative(back[:, :, 0] - steps[:, :, 0] - steps[:, :, 1], s.x, model.norms, least)
+            missed = relative(back[:, :, 0] - steps[:, :, 0] - blur, s.x, model.norms, least)
             rounding = rounding + torch.where(seen.all(1), 10 * missed, torch.inf)
         error = torch.where(found, last + rounding, torch.inf) + objective.precision / 2
         status = torch.where(found & ~(error <= objective.accept), float(INACCURATE), self.status)
@@ -309,7 +313,7 @@ class _Descent:
             cost=s.f,
         )
         self.state.x = s.x
-        blur = torch.where((status == CONVERGED)[:, None], steps[:, :, 1], 0.0)
+        blur = torch.where((status == CONVERGED)[:, None], blur, 0.0)
         return report, blur, torch.zeros(1, dtype=torch.int64, device="cpu") if model.token is None else model.token
 
 

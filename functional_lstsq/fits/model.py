@@ -123,7 +123,7 @@ class Model:
         N = torch.where(self.norms > 0, self.norms, 1.0)[:, :, None]
         v = noise(x, 3)[:, :, None] / N
         null = v - self.determined(v)
-        product, size = curvature_at(self.objective, null, x, leaves), torch.linalg.vector_norm(N * null, dim=1)
+        product, size = curvature_at(self.objective, x, leaves)(null), torch.linalg.vector_norm(N * null, dim=1)
         seen = size > _POOR * torch.linalg.vector_norm(N * v, dim=1)  # what is smaller is rounding of a full rank
         return (~seen | (torch.linalg.vector_norm(product / N, dim=1) <= _POOR * size))[:, 0]
 
@@ -222,7 +222,7 @@ class SmallModel(Model):
         if self.objective.linear or self.objective.arithmetic > EPS or not bool(poor.any()):
             return None
         V = Vh.mT / scale
-        along = (V * curvature_at(self.objective, V, x, leaves)).sum(1).abs()
+        along = (V * curvature_at(self.objective, x, leaves)(V)).sum(1).abs()
         square, largest = s.square(), s[:, :1].square()
         sizes = torch.where(along > _SEEN * largest, torch.maximum(square, along), square)
         sizes = torch.where(self._lost, _HELD * torch.maximum(along, largest), sizes)

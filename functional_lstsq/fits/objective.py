@@ -24,6 +24,7 @@ from torch import Tensor
 from ..linear.settings import Settings
 from ..sparse.numerics import noise
 from ..sparse.pattern import SparsePattern
+from ..sparse.plain_products import Operator
 from ..torch_func.forward_mode import jvp
 from .losses import Square
 
@@ -90,10 +91,16 @@ class Objective:
         """J^T y + d^2 x, the gradient for y = psi(r)."""
         return self.pull(x, *given)[1](y) + d.square() * x
 
-    def curvature(self, V: Tensor, x: Tensor, *leaves: Tensor) -> Tensor:
-        """H V for V (n, k)."""
-
-        return each(self._symmetric(lambda x: self.gradient(x, *leaves), x), V, dim=1)
+    def curvature(self, x: Tensor, leaves: Leaves) -> Callable[[Tensor], Tensor]:
+        """V -> H V for V (P, n, k) of P problems, x (P, n); what it takes at x is computed once."""
+        if self.linear:
+            t, d, w, values, *_ = leaves
+            r = each(self.residual, x, *leaves[3:])
+            influence = lambda r: self.loss.influence(r, w, t[:, None])  # noqa: E731
+            slopes, A = jvp(influence, (r,), (torch.ones_like(r),))[1][:, :, None], Operator(self.pattern, values)
+            return lambda V: A.adjoint(slopes * A.matmul(V)) + d.square()[:, None, None] * V
+        product = self._symmetric(lambda x: each(self.gradient, x, *leaves), x)
+        return lambda V: each(product, V, dim=2)
 
     def _symmetric(self, gradient: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> the derivative of `gradient` along v: its own transpose, and torch's reverse mode is the faster one."""
@@ -115,6 +122,8 @@ class Objective:
     ) -> Tensor:
         """J^T Y + sum_i psi(r_i) (grad^2 r_i) S + d^2 S + C for Y (m, k), S (n, k), C (n, k)."""
         r, pull = self.pull(x, *given)
+        if self.linear:
+            return C + each(pull, Y, dim=1) + d.square() * S
         psi = self.loss.influence(r, w, t)
         second = self._symmetric(lambda x: self.pulled(psi, x, t, d, w, *given), x)
         return C + each(lambda y, s: pull(y) + second(s), Y, S, dim=1)
@@ -158,17 +167,24 @@ def each(function: Callable, *tensors: Tensor, dim: int = 0) -> Any:
     return torch.vmap(function, dim, dim)(*tensors)
 
 
-def curvature_at(objective: Objective, V: Tensor, x: Tensor, leaves: Leaves) -> Tensor:
-    """H V for V (P, n, k), by the other mode of torch.func where one of them gives NaN."""
-    product = each(objective.curvature, V, x, *leaves)
-    if objective.undefined or bool(product.isfinite().all()) or not bool(V.isfinite().all()):
-        return product
-    objective.forward = not objective.forward
-    other = each(objective.curvature, V, x, *leaves)
-    if bool(other.isfinite().all()):
-        return other
-    objective.forward, objective.undefined = not objective.forward, True
-    return product
+def curvature_at(objective: Objective, x: Tensor, leaves: Leaves) -> Callable[[Tensor], Tensor]:
+    """V -> H V for V (P, n, k), by the other mode of torch.func where one of them gives NaN."""
+    product = objective.curvature(x, leaves)
+
+    def along(V: Tensor) -> Tensor:
+        nonlocal product
+        HV = product(V)
+        if objective.undefined or bool(HV.isfinite().all()) or not bool(V.isfinite().all()):
+            return HV
+        objective.forward = not objective.forward
+        other = objective.curvature(x, leaves)
+        if bool((of_other := other(V)).isfinite().all()):
+            product = other
+            return of_other
+        objective.forward, objective.undefined = not objective.forward, True
+        return HV
+
+    return along
 
 
 def linear_unknowns(objective: Objective, x: Tensor, leaves: Leaves) -> list[int]:
