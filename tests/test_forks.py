@@ -19,8 +19,14 @@ def run(case, solver, size):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("case", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("kept", "loader"))])
-def test_a_forked_process_solves(case, solver):
+def test_a_forked_process_solves(solver):
+    run("fork", solver, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize(("case", "solver"), [("kept", "auto"), ("kept", "direct"), ("loader", "auto")])
+def test_a_forked_process_solves_with_what_its_parent_made(case, solver):
     run(case, solver, 8)
 
 

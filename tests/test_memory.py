@@ -21,6 +21,7 @@ pattern, values, b = problem(120, 30, density=0.1)
 wide, weights = pattern.T, torch.linspace(0.5, 2, 120, dtype=torch.float64)
 twice = values * (pattern.indices[1] != 3)  # without full rank
 t = torch.linspace(0, 1, 30, dtype=torch.float64)
+one = fl.SparsePattern(torch.stack([torch.arange(30), torch.zeros(30, dtype=torch.int64)]), (30, 1))
 full = fl.SparsePattern(torch.cartesian_prod(torch.arange(30), torch.arange(2)).T, (30, 2))
 
 
@@ -82,7 +83,7 @@ OTHERS = {
     "gauss_newton, sparse": lambda k: grad(fit(k, jacobian=full)[0])(fit(k)[1]),
     "gauss_newton, batch": lambda k: vmap(fit(k)[0])(torch.stack([fit(k)[1], fit(2 * k)[1]])),
     "variable_projection": lambda k: fl.variable_projection(
-        lambda p: matrix(torch.exp(-t[:, None] * p).reshape(-1), full), torch.tensor([1.0, 3.0]).double(), fit(k)[1]
+        lambda p: matrix(torch.exp(-t * p), one), torch.tensor([3.0]).double(), fit(k)[1]
     ),
     "leverage": lambda k: fl.leverage(matrix(k * values)),
     "leave_one_out": lambda k: grad(lambda b: fl.leave_one_out(matrix(k * values), b).sum())(b),
@@ -91,7 +92,12 @@ OTHERS = {
     "condition": lambda k: fl.condition(matrix(k * values)),
     "jacobian_operator": lambda k: fl.jacobian_operator(matrix(k * values), b).adjoint(torch.ones(30).double()),
 }
-CALLS = {f"{name}, {solver}": (call, solver) for name, call in OF_SOLVER.items() for solver in SOLVERS}
+CALLS = {
+    f"{name}, {solver}": (call, solver)
+    for name, call in OF_SOLVER.items()
+    for solver in SOLVERS
+    if solver in ("auto", "direct") or name in ("solve", "gradient", "batch of A")
+}
 
 
 def resident():
@@ -104,8 +110,8 @@ def resident():
 
 
 def grown(call, calls):
-    """MiB after so many calls beyond those after the first fifty."""
-    for i in range(50):
+    """MiB after so many calls beyond those after the first twenty."""
+    for i in range(20):
         call(1 + i / 1e4)
     before = resident()
     for i in range(calls):
@@ -128,13 +134,13 @@ def test_memory_comes_back(name):
 def test_memory_comes_back_from_six_hundred_solves(solver):
     A = grid(6 if solver == "dense" else 10)  # a factor of 1,000 unknowns takes its time
     right = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
-    assert grown(lambda k: fl.lstsq(fl.SparseMatrix(k * A.values, A.pattern), right, solver=SOLVERS[solver]), 550) < 2
+    assert grown(lambda k: fl.lstsq(fl.SparseMatrix(k * A.values, A.pattern), right, solver=SOLVERS[solver]), 550) < 5
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc")
-def test_memory_comes_back_from_a_thousand_steps_of_training():
-    A = grid(20)
+def test_memory_comes_back_from_two_hundred_steps_of_training():
+    A = grid(12)
     right = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
     v, x0 = A.values, None
 
@@ -148,7 +154,7 @@ def test_memory_comes_back_from_a_thousand_steps_of_training():
         gradient, x0 = grad(loss, has_aux=True)(v)
         v = v - 1e-5 * gradient
 
-    assert grown(step, 900) < 5
+    assert grown(step, 150) < 2
 
 
 LIMITED = f"""

@@ -32,7 +32,7 @@ FITS = {
 
 @pytest.mark.parametrize("name", FITS)
 def test_fits_in_a_pool_of_threads(name):
-    data = [DECAY * (1 + i / 99) for i in range(48 if name == "gauss_newton" else 12)]
+    data = [DECAY * (1 + i / 99) for i in range(48 if name == "gauss_newton" else 6)]
     want = [FITS[name](b) for b in data]
     with ThreadPoolExecutor(6) as pool:
         got = list(pool.map(FITS[name], data))

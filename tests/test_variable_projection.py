@@ -233,7 +233,8 @@ def test_a_robust_loss_is_one_of_all_unknowns():
 def test_a_scale_is_estimated_with_all_unknowns(robust):
     separable, together = robustly(robust)
     close(separable(DECAY), together(DECAY), 1e-11)
-    close(jacrev(separable)(DECAY), jacrev(together)(DECAY), 1e-9)
+    if isinstance(robust, fl.Huber):  # each derivative takes half a minute
+        close(jacrev(separable)(DECAY), jacrev(together)(DECAY), 1e-9)
 
 
 def test_a_weight_of_zero_has_a_derivative():
