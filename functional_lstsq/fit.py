@@ -40,13 +40,25 @@ class Study:
     blur: Tensor
     token: Tensor
     dtype: torch.dtype
+    bounded: Objective | None = None  # of all unknowns, where the one above is of those that are not at their bounds
 
     def jacobian(self) -> SparseMatrix:
-        """In double precision."""
+        """In double precision; of a bounded fit with a row for each unknown, see `fits.bounded`."""
         return SparseMatrix(self.objective.slopes(self.x, *self.leaves), self.objective.pattern)
 
+    def jacobian_of_residual(self) -> SparseMatrix:
+        """By all unknowns."""
+        if self.bounded is None:
+            return self.jacobian()
+        given = self.leaves[5:]  # behind the threshold, the damping, the weights, the set and its bounds
+        return SparseMatrix(self.bounded.jacobian(self.x, *given), self.bounded.pattern)
+
+    def free(self) -> Tensor:
+        """(n,), 0 for unknowns at their bounds, which have no variance, else 1."""
+        return torch.ones_like(self.x) if self.bounded is None else (self.leaves[3] == 0).to(self.x.dtype)
+
     def degrees(self) -> Tensor:
-        """Residuals that count, less unknowns."""
+        """Residuals that count, less unknowns that are not at a bound."""
         return (self.leaves[2] > 0).sum() - self.x.shape[0]
 
     def robust(self) -> bool:
@@ -78,6 +90,11 @@ class Study:
             )
         return degrees.to(self.x.dtype)
 
+    def of_small_samples(self) -> Tensor:
+        """(m / (m - n))^(1/2), of residuals that count and unknowns that are free."""
+        degrees = self.positive_degrees()
+        return ((degrees + self.free().sum()) / degrees).sqrt()
+
     def solved(self, c: Tensor) -> Tensor:
         """H^-1 c for c (n, k)."""
         u = c.new_zeros((self.objective.pattern.shape[0], c.shape[1]))
@@ -88,10 +105,8 @@ class Study:
         """diag(psi) J H^-1 (m, k), for columns of H^-1, times what small samples ask for."""
         n = self.x.shape[0]
         unit = torch.nn.functional.one_hot(columns, n).T.to(self.x.dtype)
-        degrees = self.positive_degrees()
-        factor = ((degrees + n) / degrees).sqrt()
         psi = self.objective.influence(self.x, *self.leaves)
-        return factor * psi[:, None] * self.jacobian().matmul(self.solved(unit))
+        return self.of_small_samples() * psi[:, None] * self.jacobian().matmul(self.solved(unit))
 
 
 class Fit(Solution):
@@ -133,7 +148,9 @@ class Fit(Solution):
 
     @property
     def dof(self) -> Tensor:
-        """Degrees of freedom: how many residuals have a positive weight, less the number of unknowns; 0-d integer."""
+        """Degrees of freedom: how many residuals have a positive weight, less the number of unknowns that are not at a
+        bound; 0-d integer.
+        """
         return self._asked().degrees()
 
     @property
@@ -142,12 +159,13 @@ class Fit(Solution):
 
         Cost: one Jacobian.
         """
-        study = self._asked()
-        J = study.jacobian()
+        J = self._asked().jacobian_of_residual()
         return SparseMatrix(self._rounded(J.values, "the Jacobian"), J.pattern)
 
     def covariance(self, scale: float | Tensor | None = None, columns: Tensor | list[int] | None = None) -> Tensor:
         """The covariance of x, differentiable as x is: scale (J^T W J)^-1, or the sandwich of a robust fit.
+
+        Unknowns at their bounds have none: zeros, and the others that of a fit in which these are known.
 
         Args:
             scale: the variance of a residual of weight 1; None estimates it by sum(weights residual^2) / dof. 1 where
@@ -179,11 +197,11 @@ class Fit(Solution):
         if variance is None:
             J, psi = study.jacobian(), study.objective.influence(study.x, *study.leaves)
             found = study.solved(J.T.matmul(psi[:, None] * study.spread(which)))
-            degrees = study.positive_degrees()
-            found = found * ((degrees + n) / degrees).sqrt()
+            found = found * study.of_small_samples()
         else:
             found = variance * covariance(study.jacobian(), which, study.leaves[2], solver=self._solver())
-        return self._rounded(found, "the covariance")
+        free = study.free()
+        return self._rounded(free[:, None] * free[which] * found, "the covariance")
 
     def standard_errors(self, scale: float | Tensor | None = None) -> Tensor:
         """The square roots of the diagonal of `covariance`, (n,), which is not formed: in blocks of 256 columns.
@@ -207,7 +225,7 @@ class Fit(Solution):
         else:
             variance = study.scale(scale)
             errors = (variance * covariance_diagonal(study.jacobian(), study.leaves[2], solver=self._solver())).sqrt()
-        return self._rounded(errors, "the standard errors")
+        return self._rounded(study.free() * errors, "the standard errors")
 
     def _solver(self) -> Any:
         return self._asked().objective.settings.solver

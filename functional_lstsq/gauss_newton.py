@@ -10,7 +10,8 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .fit import Fit, Study
-from .fits.arguments import check_asked, of_residuals, taken_apart
+from .fits.arguments import bounds_of, check_asked, of_residuals, taken_apart
+from .fits.bounded import OnSet, within_bounds
 from .fits.jacobian import slopes_of
 from .fits.losses import loss_of
 from .fits.objective import Objective
@@ -18,6 +19,7 @@ from .fits.report import FitInfo, FitReport
 from .fits.scale import minimum_with_scale
 from .fits.trees import as_residual, as_vector
 from .linear.arguments import check_numbers, check_rank
+from .linear.bounds import BoundedInfo
 from .linear.settings import Settings, check_solver
 from .sparse.matrix import SparseMatrix
 from .sparse.pattern import SparsePattern
@@ -37,6 +39,7 @@ def gauss_newton(
     jacobian: SparsePattern | Callable[..., SparseMatrix] | None = None,
     weights: Tensor | None = None,
     sigma: Tensor | None = None,
+    bounds: tuple[Any, Any] | None = None,
     robust: Any = None,
     solver: Any = None,
     rank_deficient: str = "raise",
@@ -53,9 +56,10 @@ def gauss_newton(
     there.
 
     Args:
-        residual: residual(x, *args) -> (m,), m >= n; of torch operations that torch.func can transform, with second
-            derivatives. What is to be differentiated belongs into `args`. Or a pytree, whose leaves one after the other
-            are the m residuals; a complex one is two, the real parts of its leaf followed by the imaginary ones.
+        residual: residual(x, *args) -> (m,), m >= n unless there are bounds; of torch operations that torch.func can
+            transform, with second derivatives. What is to be differentiated belongs into `args`. Or a pytree, whose
+            leaves one after the other are the m residuals; a complex one is two, the real parts of its leaf followed
+            by the imaginary ones.
         x0: (n,), float32 or float64, where to start, or a pytree of such tensors of any shapes, which `residual`,
             `jacobian` and `fit.x` have too. No derivative flows through it, and another one may lead to another
             minimum.
@@ -66,6 +70,10 @@ def gauss_newton(
         weights: (m,) non-negative, 1 / variance of each residual; a weight of 0 leaves a residual out, and has an
             ordinary derivative.
         sigma: (m,) positive, standard deviations of the residuals: weights of 1 / sigma^2, in place of `weights`.
+        bounds: (lower, upper) of x, each a number or (n,), or a pytree as x0 is; -inf and inf for none, equal ones keep
+            an unknown where it is. Derivatives by them are those of the minimum; where an unknown is at a bound but
+            does not press against it, there is none, which raises (NaN without throw). `info.active` (-1, 0, 1),
+            `.multipliers` and `.weak` tell, as for `lstsq`.
         robust: a loss rho, `Huber()` (see there), `SoftL1()`, `Cauchy()`, `Arctan()`, `Tukey()` or `Hampel()`: 2
             rho(sqrt(weights) r) in place of weights r^2.
         solver: for the steps and the derivatives, as for `lstsq`.
@@ -91,10 +99,11 @@ def gauss_newton(
         RankDeficientError: the Jacobian has no full rank at the point reached, and the Hessian matrix is not positive
             definite there, so that it need not be the only minimum.
         ConvergenceError: no minimum within max_iterations, or one whose estimated forward error, relative, is above
-            eps^(1/3) of the dtype in which the residual is computed; or such a derivative.
+            eps^(1/3) of the dtype in which the residual is computed; or such a derivative; or one that bounds have not.
 
-    Cost: a factorisation for each step and a few for the end; a derivative costs a factorisation and a few solves and
-    products with the Hessian matrix. All arithmetic is in double precision, as far as `residual` keeps to it.
+    Cost: a factorisation for each step, with bounds some, and a few for the end; a derivative costs a factorisation and
+    a few solves and products with the Hessian matrix. All arithmetic is in double precision, as far as `residual` keeps
+    to it.
 
     Source: Nocedal and Wright, Numerical Optimization, Springer 2006, chapter 10; derivatives: Griewank and Walther,
     Evaluating Derivatives, SIAM 2008, chapter 15.
@@ -110,6 +119,9 @@ def gauss_newton(
     >>> torch.func.jacrev(lambda y: fl.gauss_newton(misfit, x0, (y,)).x)(y)
     tensor([[ 0.8832,  0.2675, -0.0070, -0.1110, -0.1346],
             [ 0.2239, -0.1010, -0.2106, -0.2219, -0.1939]], dtype=torch.float64)
+    >>> bounded = fl.gauss_newton(misfit, x0, (y,), bounds=(0.0, 2.0))
+    >>> bounded.x, bounded.info.active
+    (tensor([2.0000, 0.4770], dtype=torch.float64), tensor([1, 0]))
     """
     check_rank(rank_deficient, rank_tolerance)
     if weights is not None and sigma is not None:
@@ -122,7 +134,7 @@ def gauss_newton(
         start, args,
         (lambda x, *args: jacobian(tree(x), *args)) if callable(jacobian) else jacobian,
         robust, solver, max_iterations, throw, "gauss_newton", "x0", "residual", weights=weights, sigma=sigma,
-        minimum_norm=rank_deficient == "minimum_norm", tolerance=rank_tolerance, callback=callback,
+        bounds=bounds, minimum_norm=rank_deficient == "minimum_norm", tolerance=rank_tolerance, callback=callback,
     )  # fmt: skip
 
     def rounded(result: Tensor, name: str) -> Tensor:
@@ -138,7 +150,7 @@ class Found(NamedTuple):
 
     x: Tensor
     dtype: torch.dtype  # of the results
-    info: FitInfo
+    info: Any  # `FitInfo`, with bounds a `BoundedInfo`
     args: tuple
     study: Study
 
@@ -157,6 +169,7 @@ def minimum_of(
     of_function: str,
     weights: Any = None,
     sigma: Any = None,
+    bounds: Any = None,
     callback: Any = None,
     nested: bool = False,
     further: Callable[..., Tensor] | None = None,
@@ -166,7 +179,7 @@ def minimum_of(
     """The minimum that is found from x0, under the names that the caller gives.
 
     Args:
-        weights, sigma: as `gauss_newton` has them, at most one of them.
+        weights, sigma, bounds: as `gauss_newton` has them, at most one of the first two.
         callback, nested, further: as `Objective` has them; further(x, *args) -> (j,).
         minimum_norm, tolerance: as of `Settings`.
     """
@@ -196,7 +209,12 @@ def minimum_of(
         got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
         raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
     m = r.shape[0]
-    if m < n:
+    limits = None if bounds is None else bounds_of(bounds, x0, on_failure)
+    if limits is not None and minimum_norm:
+        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
+    if limits is not None and isinstance(getattr(robust, "scale", None), str):
+        raise ValueError(f"bounds allow no estimated scale, got scale={robust.scale!r}: give a number")
+    if m < n and limits is None:
         raise ValueError(
             f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
             f"{of_start[0]}, gives more"
@@ -243,13 +261,17 @@ def minimum_of(
         found_inside=found_inside,
     )
     leaves = (threshold, torch.zeros_like(threshold), weights, *doubled)
-    every = (leaf[None] for leaf in leaves)
-    x, numbers, blur, token, threshold = minimum_with_scale(
-        objective, getattr(robust, "scale", None), start[None], *every
-    )
-    leaves = (threshold[0], *leaves[1:])
-    x, report = x[0], FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
-    info = FitInfo(
+    every, begin = tuple(leaf[None] for leaf in leaves), start[None]
+    within: OnSet | None = None
+    if limits is not None:
+        within = within_bounds(objective, begin, (limits[0][None], limits[1][None]), every)
+        begin, every = within.start, within.leaves
+    asked = objective if within is None else within.objective
+    x, numbers, blur, token, threshold = minimum_with_scale(asked, getattr(robust, "scale", None), begin, *every)
+    leaves = (threshold[0], *(leaf[0] for leaf in every[1:]))
+    x = (x if within is None else within.finished(x))[0]
+    report = FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
+    info: Any = FitInfo(
         status_code=report.status.to(torch.int64),
         iterations=report.iterations.to(torch.int64),
         evaluations=report.evaluations.to(torch.int64),
@@ -258,4 +280,9 @@ def minimum_of(
         condition=report.condition,
         cost=report.cost,
     )
-    return Found(x, dtype, info, rebuild(doubled), Study(objective, x, leaves, blur, token, dtype))
+    if within is not None:
+        found = within.found
+        info = info._replace(iterations=info.iterations + found.iterations[0].to(torch.int64))
+        info = BoundedInfo(info, found.active[0].to(torch.int64), found.multipliers[0], found.weak[0] != 0)
+    study = Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
+    return Found(x, dtype, info, rebuild(doubled), study)

@@ -78,7 +78,7 @@ def joint(kind, estimator, values, b, w, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "estimator"), zip(RHO, cycle(("mad", "huber")), strict=False))
+@pytest.mark.parametrize(("kind", "estimator"), list(zip(RHO, cycle(("mad", "huber")), strict=False)))
 def test_the_joint_estimate_and_its_derivatives(kind, estimator):
     close(fit(kind, estimator, VALUES, B, W), joint(kind, estimator, VALUES, B, W, 1), 1e-12)
     for by, mode in enumerate((jacrev, jacfwd, jacrev)):

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import SOLVERS, close, dense, mixes, problem, with_singular_values
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch.autograd import gradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
@@ -143,6 +143,7 @@ def test_batches(kind):
 
 
 @settings(max_examples=15)
+@example(3, 4, fl.Huber, 0.25, 12031)  # two residuals within the threshold on the way, for three unknowns
 @given(st.integers(1, 5), st.integers(0, 8), st.sampled_from(LOSSES), st.floats(0.1, 10), st.integers(0, 10**6))
 def test_it_is_a_stationary_point_of_no_more_cost(n, more, kind, t, seed):
     pattern, values, b = problem(n + 3 + more, n, seed=seed)
@@ -151,6 +152,7 @@ def test_it_is_a_stationary_point_of_no_more_cost(n, more, kind, t, seed):
     plainly = fl.lstsq(A, b)
     solution = fl.solve(A, b, robust=kind(t), throw=False)
     if solution.info.status != "converged":  # a loss that is flat along some direction, honestly told
+        assert kind is not fl.Huber
         assert solution.info.status == "not a strict minimum"
         return
     cost = lambda x: rho(kind, b - dense(values, pattern) @ x, t).sum()  # noqa: E731

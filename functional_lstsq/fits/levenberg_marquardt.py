@@ -18,16 +18,17 @@ from ..errors import ITERATIONS
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
-from .geodesic import acceleration
+from .geodesic import acceleration, lowest
 from .hessian import conjugate, relative
 from .losses import Square
 from .model import model_at
 from .objective import Leaves, Objective, each, linear_unknowns
 from .report import FitReport, check_fit
-from .rounding import blur_of_gradient, floor_of_cost, is_rounding, spread_of_influence
+from .rounding import blur_of_gradient, floor_of_cost, is_rounding, length_of_influence, spread_of_influence
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
+_SLOW = 20  # reweighted solves after which Newton's steps are tried beside them
 _SAMPLES = 3  # of rounding errors, before a minimum is judged
 # Relative steps, and gradients in units of their rounding errors in double precision: after one more of Newton's steps
 # these errors are all that is left, whatever the precision of the input.
@@ -184,7 +185,7 @@ class _Descent:
 
     def _least(self, which: Tensor, s: _State) -> Tensor:
         """Below this an x, scaled, is zero but for rounding: beside the residuals that it leaves, or those at x0."""
-        left = _length(s.weights * s.r, self._of(which)[2])
+        left = length_of_influence(s.weights * s.r, self._of(which)[2])
         return self.objective.accept * left + EPS**2 * self.start[which].sqrt()
 
     def _of(self, which: Tensor) -> Leaves:
@@ -197,6 +198,8 @@ class _Descent:
         if self.objective.linear:
             p = -model.inverse(g[:, :, None])[:, :, 0]
             predicted = -(g * p).sum(1) / 2
+            if int(self.iterations[which].max()) >= _SLOW:
+                p = lowest(self.objective, s.x, s.r, s.weights, s.J, leaves, g, p)
         else:
             scale = torch.where(s.scale > 0, s.scale, 1.0)
             damped = model.damped(scale, s.mu)
@@ -275,7 +278,7 @@ class _Descent:
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
         norms = torch.where(model.norms > 0, model.norms, 1.0)
-        left = _length(psi, leaves[2])
+        left = length_of_influence(psi, leaves[2])
         optimality = torch.linalg.vector_norm(g / norms, dim=1) / (s.x.shape[1] ** 0.5 * left).clamp_min(_TINY)
         # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
         left = torch.where(optimality <= objective.accept, left, 0.0)
@@ -315,8 +318,3 @@ class _Descent:
         self.state.x = s.x
         blur = torch.where((status == CONVERGED)[:, None], blur, 0.0)
         return report, blur, torch.zeros(1, dtype=torch.int64, device="cpu") if model.token is None else model.token
-
-
-def _length(psi: Tensor, w: Tensor) -> Tensor:
-    """|W^(-1/2) psi| (P,), in the units of W^(1/2) r, in which columns are measured too."""
-    return torch.linalg.vector_norm(torch.where(w > 0, psi * w.rsqrt(), 0.0), dim=1)

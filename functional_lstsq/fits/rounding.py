@@ -69,5 +69,10 @@ def is_rounding(
     return definite.all(1) & (moved <= _EXPLAINED * sizes.amax(0))
 
 
+def length_of_influence(psi: Tensor, w: Tensor) -> Tensor:
+    """|W^(-1/2) psi| (P,), in the units of W^(1/2) r, in which columns are measured too."""
+    return torch.linalg.vector_norm(torch.where(w > 0, psi * w.rsqrt(), 0.0), dim=1)
+
+
 def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)

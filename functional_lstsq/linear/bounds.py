@@ -147,6 +147,34 @@ def solve_bounded(posed: Posed, on_failure: str) -> Found:
     values, damp = problem.A.values.expand(k, -1), problem.damp.expand(k, n)
     weights = None if problem.weights is None else problem.weights.expand(k, m)
     static = Static(m, n, settings, on_failure)
+    found, y, report = solve_each(static, values, weights, damp, b, lower, upper, indices)
+    r, x, status, active, multipliers, weak = found
+    # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
+    inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
+    x = torch.where((weak[:, :, None] != 0) & (active[:, :, None] == 0), inside, x)
+    refused = weak.any(1) | (status != CONVERGED)
+    r, x = Strict.apply(Judged(on_failure), r, x, weak, refused.to(x.dtype))
+    x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
+    numbers = _of_whole(report, y, x, status)
+    columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
+    return Found(*columns)
+
+
+def solve_each(
+    static: Static,
+    values: Tensor,
+    weights: Tensor | None,
+    damp: Tensor,
+    b: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    indices: Tensor,
+) -> tuple[Found, Tensor, Tensor]:
+    """(what is found, with a status (P,) for its numbers; x without its bounds, in parts, (P, n, parts); their report).
+
+    Of P problems: weights (P, m), damp, lower and upper (P, n), b (P, m, 1).
+    """
+    m, n, settings = static.m, static.n, static.settings
     active, weak, multipliers, status = ActiveSet.apply(static, values, weights, damp, b, lower, upper, indices)
     bound = at_bounds(active, lower, upper)[:, :, None]
     damp = torch.where(active != 0, torch.inf, damp)
@@ -158,17 +186,9 @@ def solve_bounded(posed: Posed, on_failure: str) -> Found:
     lost = LeftOfShift.apply(static, values, bound, b, right, indices)[0]
     if is_traced(lost) or bool((concrete(lost) != 0).any()):
         right = torch.cat([right, lost], 2)
-    r, y, report = solve_augmented(values, damp, right, None, indices, m, n, settings, on_failure, None, weights)
+    r, y, report = solve_augmented(values, damp, right, None, indices, m, n, settings, static.on_failure, None, weights)
     x = y.sum(2, keepdim=True) + bound
-    # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
-    inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
-    x = torch.where((weak[:, :, None] != 0) & (active[:, :, None] == 0), inside, x)
-    refused = weak.any(1) | (status != CONVERGED)
-    r, x = _Strict.apply(_Judged(on_failure), r.sum(2, keepdim=True), x, weak, refused.to(x.dtype))
-    x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
-    numbers = _of_whole(report, y, x, status)
-    columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
-    return Found(*columns)
+    return Found(r.sum(2, keepdim=True), x, status, active, multipliers, weak), y, report
 
 
 def _of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Tensor:
@@ -185,7 +205,7 @@ def _of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Tensor:
 
 # Not a tuple, which torch.func would take apart at every call.
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     on_failure: str
     derivative: bool = False
 
@@ -218,15 +238,15 @@ _strict = define(
 )
 
 
-class _Strict(Primitive):
+class Strict(Primitive):
     """(r, x) as they are, whose derivatives are refused, or NaN, in the problems that are marked."""
 
     @classmethod
-    def forward(cls, static: _Judged, r, x, weak, refused):
+    def forward(cls, static: Judged, r, x, weak, refused):
         return _strict(r.contiguous(), x.contiguous(), weak, refused, static.on_failure, static.derivative)
 
     @classmethod
-    def _of(cls, static: _Judged, inputs, derivatives):
+    def _of(cls, static: Judged, inputs, derivatives):
         given = (torch.zeros_like(t) if d is None else d for t, d in zip(inputs[:2], derivatives, strict=True))
         return cls.apply(replace(static, derivative=True), *given, *inputs[2:])
 
