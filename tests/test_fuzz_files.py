@@ -143,13 +143,13 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "A.mtx"
 
 
-@fuzz(1000)
+@fuzz(200)
 @given(text=mutated())
 def test_a_file_is_read_as_the_format_says_or_refused(path, text):
     event("taken" if same(text, path) else "refused")
 
 
-@fuzz(500)
+@fuzz(100)
 @given(text=files())
 def test_a_file_as_it_should_be_is_taken(path, text):
     assert same(text, path)

@@ -86,7 +86,7 @@ def test_the_joint_estimate_and_its_derivatives(kind, estimator):
         close(got, mode(lambda *every: joint(kind, estimator, *every, 1), by)(VALUES, B, W), 1e-9)
 
 
-@by_every_estimator
+@pytest.mark.parametrize("estimator", ["mad", pytest.param("huber", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mix", "name"), list(mixes(2)))
 def test_second_derivatives(estimator, mix, name):
     got = lambda b: fit(fl.Tukey, estimator, VALUES, b, W)[0]  # noqa: E731

@@ -199,7 +199,7 @@ BATCHED = {
 
 
 @pytest.mark.parametrize("name", BATCHED)
-@pytest.mark.parametrize("dynamic", [None, True], ids=["default", "dynamic"])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)], ids=["default", "dynamic"])
 def test_one_graph_serves_batches_of_any_size(name, dynamic):
     if "jacfwd" in name and (dynamic or "jacrev" in name):
         pytest.skip("an internal error of torch, of any function: test_torch.py")

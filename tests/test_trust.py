@@ -195,19 +195,19 @@ def hold(problem, name):
             assert distance(stacked(got), right) <= max(allowed, rounding), f"{mode} by {by}"
 
 
-@fuzz(150)
+@fuzz(20)
 @given(problems())
 def test_every_derivative_is_right_or_refused(problem):
     hold(problem, "double")
 
 
-@fuzz(60)
+@fuzz(20)
 @given(problems())
 def test_every_derivative_in_single_precision(problem):
     hold(problem, "single")
 
 
-@fuzz(50)
+@fuzz(20)
 @given(problems())
 def test_every_derivative_of_complex_problems(problem):
     hold(problem, "complex")
