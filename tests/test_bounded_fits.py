@@ -31,7 +31,7 @@ def linear(seed, m=12, n=5):
     return A, b, weights, torch.full((n,), -0.1, dtype=D), torch.linspace(0.05, 0.4, n, dtype=D)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_a_linear_fit_is_the_bounded_solution(seed):
     A, b, weights, lower, upper = linear(seed)
     x0 = torch.zeros(5, dtype=D)

@@ -97,7 +97,7 @@ def check_end(process, kind, *, as_json=False):
         assert out == b""
 
 
-@pytest.mark.parametrize("kind", list(SAID))
+@pytest.mark.parametrize("kind", [k if k == signal.SIGINT else pytest.param(k, marks=pytest.mark.slow) for k in SAID])
 def test_a_signal_while_the_library_is_imported(matrices, tmp_path, kind):
     process = started(["solve", matrices / "tiny.mtx", "-o", tmp_path / "x.mtx"])
     wait(process, lambda: handles(process, signal.SIGHUP))  # the last one to be set, before torch is imported
@@ -126,7 +126,7 @@ def test_the_installed_script_ends_in_the_same_way(matrices, tmp_path):
     check_end(process, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", list(SAID))
+@pytest.mark.parametrize("kind", [k if k == signal.SIGINT else pytest.param(k, marks=pytest.mark.slow) for k in SAID])
 def test_a_signal_inside_a_native_factor(matrices, tmp_path, kind):
     """Where no Python code runs for seconds; the older file stays as it was."""
     (tmp_path / "x.mtx").write_bytes(OLD)
@@ -154,7 +154,7 @@ def until(terminal, word):
     return read.decode()
 
 
-@pytest.mark.parametrize("kind", list(SAID))
+@pytest.mark.parametrize("kind", [k if k == signal.SIGINT else pytest.param(k, marks=pytest.mark.slow) for k in SAID])
 def test_a_signal_while_it_iterates_on_a_terminal(matrices, tmp_path, kind):
     """The line takes the place of that of the progress."""
     (tmp_path / "x.mtx").write_bytes(OLD)
@@ -259,9 +259,9 @@ def test_standard_input_that_is_closed_is_not_read():
     ("options", "status"),
     [
         ([], 0),
-        (["--json"], 0),
-        (["-o", "-"], 0),
-        (["--damp", "-1", "--json"], 2),
+        pytest.param(["--json"], 0, marks=pytest.mark.slow),
+        pytest.param(["-o", "-"], 0, marks=pytest.mark.slow),
+        pytest.param(["--damp", "-1", "--json"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_reader_that_ends_early(matrices, options, status, unbuffered):

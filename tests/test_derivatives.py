@@ -48,7 +48,10 @@ def test_first_and_second_order(solver, shape, mix, name):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("mix", "name"), [pytest.param(*m, id=m[1]) for m in mixes(3)])
+@pytest.mark.parametrize(
+    ("mix", "name"),
+    [pytest.param(*m, id=m[1], marks=() if k % 2 else pytest.mark.slow) for k, m in enumerate(mixes(3))],
+)
 def test_third_order(shape, mix, name):
     pattern, values, b = problem(*SHAPES[shape])
 
@@ -137,7 +140,7 @@ def test_damp_and_weights(solver, shape):
             close(got, derivative(want, mix, (first, second))(*inputs))
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), pytest.param((5, 5), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(6, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in ((4, 6), (5, 5)))])
 @pytest.mark.parametrize(("mix", "name"), [pytest.param(*m, id=m[1]) for order in (1, 2) for m in mixes(order)])
 def test_minimum_norm_along_matrices_of_constant_rank(shape, mix, name):
     """A = U W^T has rank 2 whatever U and W are: derivatives by them keep the rank."""

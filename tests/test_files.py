@@ -195,8 +195,8 @@ def test_short_comments_take_no_longer_than_long_ones(tmp_path):
     ("size", "options"),
     [
         ("50000000 3", []),
-        ("3 50000000", []),
-        ("50000000 50000000", ["--minimum-norm"]),
+        pytest.param("3 50000000", [], marks=pytest.mark.slow),
+        pytest.param("50000000 50000000", ["--minimum-norm"], marks=pytest.mark.slow),
         ("50000000 50000000", ["--damp", "2"]),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOLVERS = ["auto", "direct", *(pytest.param(solver, marks=pytest.mark.slow) for solver in ("dense", "cgls"))]
+SOLVERS = ["auto", *(pytest.param(solver, marks=pytest.mark.slow) for solver in ("direct", "dense", "cgls"))]
 
 
 def run(case, solver, size):

@@ -282,7 +282,9 @@ assert right and os.waitpid(child, 0)[1] == 0
     run(program)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "beside", "told"])
+@pytest.mark.parametrize(
+    "place", ["nowhere", pytest.param("beside", marks=pytest.mark.slow), pytest.param("told", marks=pytest.mark.slow)]
+)
 def test_a_place_for_compiled_code_is_not_needed(place, tmp_path):
     """A package that cannot be written to, of a user without a home."""
     package = Path(fl.__file__).parent
@@ -300,6 +302,7 @@ def test_a_place_for_compiled_code_is_not_needed(place, tmp_path):
     assert bool(list(cache.rglob("*.nbc"))) == (place == "told")
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_read_is_done_without(tmp_path):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
     run(SOLVE, **environment)

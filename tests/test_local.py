@@ -57,7 +57,7 @@ def relative(got, want):
 
 
 @SOLVERS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kind", ["full", "deficient", "damped", "weighted"])
 def test_many_blocks(solver, dtype, wide, kind):

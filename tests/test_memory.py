@@ -189,7 +189,9 @@ def limited(limit, solver):
 @pytest.mark.parametrize(
     "kind", [pytest.param("(0, resource.RLIMIT_AS)", marks=pytest.mark.slow), "(5, resource.RLIMIT_DATA)"]
 )
-@pytest.mark.parametrize("more", [4, 64, 4096])
+@pytest.mark.parametrize(
+    "more", [pytest.param(4, marks=pytest.mark.slow), 64, pytest.param(4096, marks=pytest.mark.slow)]
+)
 def test_under_ulimit(kind, more):
     """A factor is made where it fits, refused where it doesn't; by default it is then done without."""
     told = limited(ULIMIT % (kind, more), "fl.Direct()")

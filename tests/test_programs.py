@@ -152,7 +152,11 @@ BESIDE = {
 BESIDE_TRANSFORMS = [lambda f: f, lambda f: grad(lambda b: f(b).sin().sum()), jacfwd]
 
 
-@pytest.mark.parametrize("transform", BESIDE_TRANSFORMS, ids=["f", "grad", "jacfwd"])
+@pytest.mark.parametrize(
+    "transform",
+    [*BESIDE_TRANSFORMS[:2], pytest.param(BESIDE_TRANSFORMS[2], marks=pytest.mark.slow)],
+    ids=["f", "grad", "jacfwd"],
+)
 @pytest.mark.parametrize("name", BESIDE)
 def test_fits_and_operators_run_beside_the_graph(name, transform):
     if name == "robust solve" and transform is not BESIDE_TRANSFORMS[0]:

@@ -30,7 +30,9 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "variable_projection" else name for name in FITS]
+)
 def test_fits_in_a_pool_of_threads(name):
     data = [DECAY * (1 + i / 99) for i in range(48 if name == "gauss_newton" else 6)]
     want = [FITS[name](b) for b in data]

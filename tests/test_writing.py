@@ -306,8 +306,8 @@ print([name for name in sys.modules if name not in before])
     "options",
     [
         ["--gradient", "/dev/null"],
-        ["--solver", "cgls", "--damp", "1"],
-        ["--robust", "huber"],
+        pytest.param(["--solver", "cgls", "--damp", "1"], marks=pytest.mark.slow),
+        pytest.param(["--robust", "huber"], marks=pytest.mark.slow),
     ],
 )
 def test_nothing_is_loaded_in_the_seconds_of_a_solve(matrices, options):
