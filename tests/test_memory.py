@@ -13,7 +13,7 @@ from torch.func import grad, hessian, vmap
 from worlds import grid
 
 import functional_lstsq as fl
-from functional_lstsq.solvers import memory
+from functional_lstsq.solvers import auto, cgls, memory
 
 SOLVERS = {"auto": None, "direct": fl.Direct(), "dense": fl.Dense(), "cgls": fl.CGLS()}
 STATM = Path("/proc/self/statm")
@@ -286,3 +286,32 @@ def test_what_is_available(monkeypatch):
     assert memory.fits(2**26, None, torch.device("cpu"))  # so little is not worth the question
     assert not memory.fits(2**27, None, torch.device("cpu"))
     assert not memory.fits(11, 10, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_iterations_that_found_no_memory_are_tried_once_more(failures, monkeypatch):
+    """What earlier attempts held is handed back first; the error is that of memory, not that of an earlier attempt."""
+    prepare, left = cgls.Iteration.__init__, [failures]
+
+    def short_of_memory(self, solver, system, patience=torch.inf, **options):
+        if patience == torch.inf and left[0]:
+            left[0] -= 1
+            raise MemoryError
+        prepare(self, solver, system, patience, **options)
+
+    def plan(self, system):
+        yield auto._Step(fl.CGLS(max_iterations=2), "a factor costs more", 1e-9, 1e9, patience=2.0)
+        yield auto._Step(fl.CGLS(), "no factor")
+
+    monkeypatch.setattr(auto.Auto, "plan", plan)
+    monkeypatch.setattr(cgls.Iteration, "__init__", short_of_memory)
+    A = grid(7)
+    right = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
+    if failures == 2:
+        with pytest.raises(fl.TooLarge, match="the solve did not get the memory that it needs"):
+            fl.lstsq(A, right)
+    else:
+        assert (
+            fl.solve(A, right).info.tried
+            == "CGLS (a factor costs more): iteration limit reached, then CGLS (no factor)"
+        )

@@ -25,7 +25,7 @@ from .base import Factors, Solver
 from .cgls import CGLS, Iteration
 from .dense import Dense, factor_bytes
 from .direct import Direct, analyse
-from .memory import fits, told_as_too_large
+from .memory import fits, hand_back, told_as_too_large
 from .system import System, check_number
 
 _QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
@@ -234,20 +234,20 @@ class _Chain(Factors):
                 break
             said = step.name, step.reason
             try:
-                with told_as_too_large():
-                    if index not in self.prepared and not step.too_dear(None, self.columns):
-                        self.prepared = {}  # one factor at a time
-                        self.prepared[index] = step.prepare(self.system, minimum_norm=self.minimum_norm)
-                    if step.too_dear(self.prepared.get(index), self.columns):
-                        self.failures[index] = *said, "many right-hand sides"
-                        self.first = index + 1
-                        continue
-                    r, y, answer = self.prepared[index].solve(b, c, start, judged=judged)
+                found = self._by(index, step, b, c, start, judged=judged)
             except torch.linalg.LinAlgError as error:
-                if best is None and self._step(index + 1) is None:
+                too_large = isinstance(error, TooLarge)
+                # What an attempt with a limit of its own has reached says nothing where the next one has no memory.
+                in_vain = best is None or (too_large and isinstance(step.solver, CGLS))
+                if in_vain and self._step(index + 1) is None:
                     raise
-                self.failures[index] = *said, "too large" if isinstance(error, TooLarge) else "failed"
+                self.failures[index] = *said, "too large" if too_large else "failed"
                 continue
+            if found is None:
+                self.failures[index] = *said, "many right-hand sides"
+                self.first = index + 1
+                continue
+            r, y, answer = found
             self.accept = self.prepared[index].accept
             settled = _settled(answer)
             done = bool(settled.all())
@@ -261,6 +261,25 @@ class _Chain(Factors):
             self.failures[index] = *said, worst
         assert best is not None
         return best
+
+    def _by(
+        self, index: int, step: _Step, b: Tensor, c: Tensor, start: Tensor | None, *, judged: bool
+    ) -> tuple[Tensor, Tensor, Report] | None:
+        """By one method, which is prepared first; None where so many right-hand sides are left to the next."""
+        for last in (not isinstance(step.solver, CGLS), True):
+            try:
+                with told_as_too_large():
+                    if index not in self.prepared and not step.too_dear(None, self.columns):
+                        self.prepared = {}  # one factor at a time
+                        self.prepared[index] = step.prepare(self.system, minimum_norm=self.minimum_norm)
+                    if step.too_dear(self.prepared.get(index), self.columns):
+                        return None
+                    return self.prepared[index].solve(b, c, start, judged=judged)
+            except TooLarge:
+                if last:
+                    raise
+            hand_back()  # iterating takes little, which earlier attempts may still hold
+        raise AssertionError
 
     def reach(
         self, b: Tensor, c: Tensor, start: Tensor | None, found: tuple[Tensor, Tensor, Report]

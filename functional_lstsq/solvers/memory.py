@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -57,6 +59,13 @@ def told_as_too_large():
             "fewer columns at once",
             OTHER_SOLVER,
         ) from error
+
+
+def hand_back() -> None:
+    """Give the system what nothing refers to any more, and what the allocator keeps for later, where it can be."""
+    gc.collect()
+    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # of glibc
+        trim(0)
 
 
 def _free() -> int:
