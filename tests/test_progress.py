@@ -72,14 +72,15 @@ def test_errors_of_a_run_fall():
     assert min(errors) < 1e-8 * errors[0]
 
 
-def test_fits_and_robust_fits():
+@pytest.mark.parametrize("bounds", [None, (0.0, 2.5)])
+def test_fits_and_robust_fits(bounds):
     t = torch.linspace(0, 2, 20, dtype=F64)
 
     def misfit(x, y):
         return x[0] * torch.exp(-x[1] * t) - y
 
     y = 3 * torch.exp(-0.7 * t) + 0.1 * normal(20)
-    steps, fit = watched(lambda: fl.gauss_newton(misfit, torch.ones(2, dtype=F64), (y,)))
+    steps, fit = watched(lambda: fl.gauss_newton(misfit, torch.ones(2, dtype=F64), (y,), bounds=bounds))
     assert count(steps, "fit") == int(fit.info.iterations) > 1
     assert all(step.total is not None and step.total >= step.iteration for step in steps if step.phase == "fit")
     pattern, values, b = problem(30, 4)

@@ -28,6 +28,7 @@ from ..linear.gradient import Static
 from ..linear.pivoting import at_bounds
 from ..result import CONVERGED, ITERATION_LIMIT
 from ..solvers.system import EPS
+from ..solvers.watching import is_watched, tell
 from ..sparse.pattern import SparsePattern
 from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
 from .hessian import relative
@@ -214,6 +215,8 @@ class _Search:
             if objective.callback is not None:
                 objective.callback(int(self.iterations.max()), float(self.f.max()))
             small = relative(p, to, scale)
+            if is_watched():
+                tell(float(small.max()), phase="fit", total=objective.max_iterations)
             which = which[~(better & (small <= close) & (predicted <= close * f + floor) | (small <= EPS))]
 
     def _step(

@@ -99,7 +99,11 @@ class Objective:
             influence = lambda r: self.loss.influence(r, w, t[:, None])  # noqa: E731
             slopes, A = jvp(influence, (r,), (torch.ones_like(r),))[1][:, :, None], Operator(self.pattern, values)
             return lambda V: A.adjoint(slopes * A.matmul(V)) + d.square()[:, None, None] * V
-        product = self._symmetric(lambda x: each(self.gradient, x, *leaves), x)
+        gradient = lambda x: each(self.gradient, x, *leaves)  # noqa: E731
+        if self.nested:
+            # A graph that holds fits of its own was once found to be spoilt when it was walked a second time.
+            return lambda V: each(self._symmetric(gradient, x), V, dim=2)
+        product = self._symmetric(gradient, x)
         return lambda V: each(product, V, dim=2)
 
     def _symmetric(self, gradient: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
