@@ -63,7 +63,7 @@ def lstsq(
             where the bounds leave full rank to the unknowns between them. x has no derivative where strict
             complementarity fails: one by an unknown that touches its bound and is not pressed against it, to the errors
             of either, is refused. Not within torch.compile.
-        robust: a loss rho, as `Huber()` (see there) or `Tukey(scale="mad")`: minimises sum_i 2 rho(sqrt(weights_i)
+        robust: a loss rho, as `Huber()` (see there) or `Tukey(0.1)`: minimises sum_i 2 rho(sqrt(weights_i)
             (b - A x)_i) + damp^2 |x|^2, for each column of b, by iteratively reweighted least squares (at most 200
             steps) from x0, or from the solution for squares. For a real SparseMatrix, or sparse tensor, with m >= n.
         solver: `Dense()`, `Direct()`, `CGLS()`, or another solver object; None is `Auto()`, which chooses by predicted

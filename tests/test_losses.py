@@ -158,7 +158,6 @@ def test_a_scale_that_is_given_multiplies_the_threshold():
 
 ONES = fl.SparseMatrix.from_torch(torch.ones(6, 1, dtype=D).to_sparse())
 TIED = torch.tensor([1.0, 1, 3, 3, 7, 0], dtype=D)
-MOST = torch.tensor([1.0, 1, 1, 1, 1, 5], dtype=D)
 
 
 def location(b, **options):
@@ -173,11 +172,40 @@ def test_residuals_that_tie_for_the_median_have_no_derivative(mode):
     assert mode(lambda b: location(b, throw=False))(TIED)[0, 0].isnan()
 
 
-def test_a_scale_of_zero_is_refused():
-    with pytest.raises(fl.ConvergenceError, match="scale of zero, scale='mad': half of the residuals are zero or more"):
-        location(MOST)
-    assert fl.solve(ONES, MOST, robust=fl.Huber(scale="mad"), throw=False).info.status != "converged"
-    assert fl.lstsq(ONES, MOST, robust=fl.Huber(scale="huber")).isfinite()
+def matrix_and_solution():
+    pattern, values, _ = problem(40, 4, seed=5)
+    return fl.SparseMatrix(values, pattern), 40, torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=D)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("kind", [fl.Huber, fl.SoftL1, fl.Tukey], ids=lambda kind: kind.__name__)
+def test_data_without_noise_are_met_in_any_units(kind, unit):
+    """The scale is that of rounding errors then; a constant, so that derivatives are those of plain least squares."""
+    A, _, x = matrix_and_solution()
+    exact = unit * A.matmul(x)
+    for robust in (kind(), kind(scale="huber")):
+        close(fl.lstsq(A, exact, robust=robust), unit * x, 1e-12)
+    close(fl.lstsq(A, 0 * exact, robust=kind()), 0 * x)
+    if kind is fl.Huber:
+        close(jacrev(lambda b: fl.lstsq(A, b, robust=kind()))(exact), torch.linalg.pinv(A.to_dense()), 1e-9)
+        close(jacfwd(lambda b: fl.lstsq(A, b, robust=kind()))(exact), torch.linalg.pinv(A.to_dense()), 1e-9)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_outliers_among_data_without_noise_are_left_aside(unit):
+    A, rows, x = matrix_and_solution()
+    b = unit * A.matmul(x) + unit * 30.0 * (torch.arange(rows) % 5 == 0)
+    close(fl.lstsq(A, b, robust=fl.Huber()), unit * x, 1e-9)
+
+
+def test_nothing_said_is_a_scale_that_is_estimated():
+    """In km as in m; a threshold that is given is in the units of the data."""
+    assert fl.Huber() == fl.Huber(1.345, "mad")
+    assert fl.Huber(scale="huber").scale == "huber"
+    assert fl.Tukey(2.0).scale is None
+    want = fl.lstsq(A, LOSS, robust=fl.Huber(scale="mad"))
+    for unit in (1e-3, 1.0, 1e3):
+        close(fl.lstsq(A, unit * LOSS, robust=fl.Huber()) / unit, want, 1e-11)
 
 
 BAD = [

@@ -78,7 +78,7 @@ OTHERS = {
     "operator": lambda k: grad(lambda v: fl.lstsq(fl.LinearOperator(lambda v, x: matrix(v) @ x, v, 30), b).sum())(
         k * values
     ),
-    "robust": lambda k: grad(lambda b: fl.lstsq(matrix(values), b, robust=fl.Huber()).sum())(k * b),
+    "robust": lambda k: grad(lambda b: fl.lstsq(matrix(values), b, robust=fl.Huber(1.345)).sum())(k * b),
     "gauss_newton": lambda k: grad(fit(k)[0])(fit(k)[1]),
     "gauss_newton, sparse": lambda k: grad(fit(k, jacobian=full)[0])(fit(k)[1]),
     "gauss_newton, batch": lambda k: vmap(fit(k)[0])(torch.stack([fit(k)[1], fit(2 * k)[1]])),

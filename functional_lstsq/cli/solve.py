@@ -46,7 +46,8 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
         type=float,
         metavar="T",
         help="where the loss begins to differ from a square, in "
-        "units of residual times sqrt(weight); default: 1.345 for huber, 2.385 for cauchy",
+        "units of residual times sqrt(weight); default: 1.345 for huber, 2.385 for cauchy, times the median of "
+        "their sizes / 0.6745",
     )
     job.add_argument("--damp", type=float, metavar="D", help="damping, at least 0, in units of A")
     job.add_argument("--nonnegative", action="store_true", help="no x below zero, as --lower 0")

@@ -7,7 +7,7 @@ is a function of z^2 = w (r / t)^2, which has derivatives at w = 0; others take 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,15 @@ class Square:
 class Loss(Square):
     """A loss with a threshold; one that is smooth gives `of` and twice its derivative, `factor`, by q = z^2."""
 
-    threshold: float | Tensor
+    efficient: ClassVar[float]  # the threshold of 95 % efficiency, in units of the scale
+    threshold: Any
     scale: str | float | Tensor | None
+
+    def __post_init__(self) -> None:
+        """Neither of them given: the numbers that fit data in any units."""
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", self.efficient)
+            object.__setattr__(self, "scale", "mad" if self.scale is None else self.scale)
 
     def of(self, q: Tensor) -> Tensor:
         raise NotImplementedError
@@ -62,13 +69,14 @@ class Huber(Loss):
     same with loss="huber" and f_scale=t.)
 
     Args:
-        threshold: t, a positive number or 0-d tensor (which may be differentiated), in units of `scale`. The default is
-            95 % efficient where residuals are normal with a standard deviation of `scale`.
+        threshold: t, a positive number or 0-d tensor (which may be differentiated), in units of `scale`. None for one
+            that is 95 % efficient where residuals are normal with a standard deviation of `scale`.
         scale: the standard deviation of the residuals, once multiplied by the root of their weights: a positive number
-            or 0-d tensor; None for 1, as it is for weights of 1 / variance. Or how it is estimated, jointly with x, so
-            that a fit in km is the one in m; derivatives are those of both. "mad" is the median of their sizes /
-            0.6745; it has no derivative, which is refused, where residuals of the same size tie for the median.
-            "huber" is Huber's proposal 2: sum min(z^2, 2.5^2) is what normal residuals make of it, for m - n of them.
+            or 0-d tensor, 1 for weights of 1 / variance. Or how it is estimated, jointly with x, so that a fit in km is
+            the one in m; derivatives are those of both. "mad" is the median of their sizes / 0.6745; it has no
+            derivative, which is refused, where residuals of the same size tie for the median. "huber" is Huber's
+            proposal 2: sum min(z^2, 2.5^2) is what normal residuals make of it, for m - n of them. None is 1 where a
+            threshold is given, and else "mad".
 
     Cost: with an estimated scale some 10 fits instead of one, each from the last, and of a derivative two or three.
 
@@ -79,11 +87,12 @@ class Huber(Loss):
     >>> b = torch.tensor([1.0, 1.2, 0.8, 1.1, 50.0], dtype=torch.float64)
     >>> fl.lstsq(A, b), fl.lstsq(A, b, robust=fl.Huber(0.5))
     (tensor([10.8200], dtype=torch.float64), tensor([1.1500], dtype=torch.float64))
-    >>> fl.lstsq(A, b, robust=fl.Huber(scale="mad"))
+    >>> fl.lstsq(A, b, robust=fl.Huber())
     tensor([1.1000], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 1.345
+    efficient = 1.345
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
 
     def cost(self, r: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -115,7 +124,8 @@ class Cauchy(Loss):
     tensor([1.0320], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 2.385
+    efficient = 2.385
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
 
     def of(self, q: Tensor) -> Tensor:
@@ -141,7 +151,8 @@ class SoftL1(Loss):
     tensor([1.1707], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 1.287
+    efficient = 1.287
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
 
     def of(self, q: Tensor) -> Tensor:
@@ -166,7 +177,8 @@ class Arctan(Loss):
     tensor([1.0267], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 2.571
+    efficient = 2.571
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
 
     def of(self, q: Tensor) -> Tensor:
@@ -189,11 +201,12 @@ class Tukey(Loss):
     >>> import torch, functional_lstsq as fl
     >>> A = fl.SparseMatrix.from_torch(torch.ones(5, 1, dtype=torch.float64).to_sparse())
     >>> b = torch.tensor([1.0, 1.2, 0.8, 1.1, 50.0], dtype=torch.float64)
-    >>> fl.lstsq(A, b, robust=fl.Tukey(scale="mad"), x0=fl.lstsq(A, b, robust=fl.Huber(scale="mad")))
+    >>> fl.lstsq(A, b, robust=fl.Tukey(), x0=fl.lstsq(A, b, robust=fl.Huber()))
     tensor([1.0271], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 4.685
+    efficient = 4.685
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
 
     def of(self, q: Tensor) -> Tensor:
@@ -221,7 +234,8 @@ class Hampel(Loss):
     tensor([1.0250], dtype=torch.float64)
     """
 
-    threshold: float | Tensor = 2.0
+    efficient = 2.0
+    threshold: float | Tensor | None = None
     scale: str | float | Tensor | None = None
     falls: float = 2.0
     ends: float = 4.0

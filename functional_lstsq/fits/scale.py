@@ -25,11 +25,14 @@ from ..torch_func.primitive import Primitive, extent, join_matrices, split_matri
 from ..torch_func.tracing import concrete
 from .levenberg_marquardt import minimise
 from .minimum import Minimum, along, pull_back
+from .model import model_at
 from .objective import Objective, each
+from .rounding import errors_of_residual
 
 _STEPS = 100
 _CLOSE, _ACCEPTED = 1e-14, 1e-10  # relative differences between s and G(s) that end the iteration, and that will do
 _MAD = 0.6744897501960817  # the median of the sizes of standard normal numbers
+_ERRORS = 30.0  # in a residual, in units of the machine epsilon
 _D = 2.5  # of proposal 2, as statsmodels has it
 _GAMMA = math.erf(_D / 2**0.5) - 2 * _D * math.exp(-(_D**2) / 2) / (2 * math.pi) ** 0.5 + _D**2 * math.erfc(_D / 2**0.5)
 _TIED = 1e-12  # relative difference of residuals that rounding may put into another order
@@ -58,7 +61,8 @@ def _estimate(estimator: str, s: Tensor, r: Tensor, w: Tensor, n: int) -> Tensor
     if estimator == "huber":
         squares, most = w * r.square(), (_D * s).square()[:, None]
         free = ((w > 0).sum(1) - n).to(s.dtype)
-        return (torch.where(squares <= most, squares, torch.where(w > 0, most, 0.0)).sum(1) / (_GAMMA * free)).sqrt()
+        mean = torch.where(squares <= most, squares, torch.where(w > 0, most, 0.0)).sum(1) / (_GAMMA * free)
+        return torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).sqrt(), 0.0)
     order, below, above = _ranks(r, w)
     middle = torch.stack([order.gather(1, place[:, None])[:, 0] for place in (below, above)], 1)
     return (w.gather(1, middle).sqrt() * r.gather(1, middle).abs()).mean(1) / _MAD
@@ -90,7 +94,8 @@ def _smooth(estimator: str, r: Tensor, w: Tensor) -> Tensor:
 class Scale(Primitive):
     """((objective, estimator), x0 (P, n), k (P,), d (P,), w (P, m), *given (P, ...)) -> s (P,), x (P, n), smooth (P,)
 
-    x is the minimum for s, without a derivative, where a further `Minimum` may start. smooth is NaN where s has none.
+    x is the minimum for s, without a derivative, where a further `Minimum` may start. smooth is NaN where s has none,
+    zero where s is the least that is used, which counts as a constant.
     """
 
     constants = (1, 2)
@@ -110,7 +115,7 @@ class Scale(Primitive):
         _require_smooth(static[0], smooth)
         G, every = _map(static[0], static[1], x), [s, *leaves]
         slope: Any = pull_back(G, every, [True] + [False] * len(leaves), torch.ones_like(s))[0]
-        return None, *pull_back(G, every, [False, *needed[1:]], smooth * cotangents[0] / (1 - slope))[1:]
+        return None, *pull_back(G, every, [False, *needed[1:]], _of_scale(smooth, cotangents[0], slope))[1:]
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
@@ -121,7 +126,7 @@ class Scale(Primitive):
         _require_smooth(static[0], smooth)
         G, every = _map(static[0], static[1], x), [s, *leaves]
         slope = along(G, every, [torch.ones_like(s), *[None] * len(leaves)])[1]
-        return smooth * along(G, every, [None, *tangents[1:]])[1] / (1 - slope), None, None
+        return _of_scale(smooth, along(G, every, [None, *tangents[1:]])[1], slope), None, None
 
     @classmethod
     def vmap(cls, info, in_dims, static, *tensors):
@@ -129,6 +134,11 @@ class Scale(Primitive):
         joined = (join_matrices(tensor, dim, size) for tensor, dim in zip(tensors, in_dims[1:], strict=True))
         copies = extent(tensors[:1], in_dims[1:2], 0)
         return tuple(split_matrices(output, size, copies) for output in cls.apply(static, *joined)), (0, 0, 0)
+
+
+def _of_scale(smooth: Tensor, derivative: Tensor, slope: Tensor) -> Tensor:
+    """derivative / (1 - dG/ds); zero where rounding is all that the scale is made of."""
+    return torch.where(smooth == 0, 0.0, smooth * derivative / (1 - slope))
 
 
 def _map(objective: Objective, estimator: str, x0: Tensor) -> Any:
@@ -150,19 +160,19 @@ def _solve(
     given = tuple(others)
     trial = replace(objective, on_failure="nan")  # on the way a fit may fail
     r = each(objective.residual, x, *given)
-    s = _estimate("mad", k, r, w, x.shape[1] + objective.found_inside)
-    if estimator == "huber":  # for a start any number of that size will do
-        s = torch.where(s > 0, s, (w * r.square()).mean(1).sqrt())
+    floor = _rounding(objective, x, r, leaves)
+    s = torch.maximum(_estimate("mad", k, r, w, x.shape[1] + objective.found_inside), floor)
     before: tuple[Tensor, Tensor] | None = None
     best, off, idle = s, torch.full_like(s, torch.inf), torch.zeros_like(s)
     for _ in range(_STEPS):
-        if not bool(((s > 0) & s.isfinite()).all()):
-            off = torch.where((s > 0) & s.isfinite(), off, torch.inf)
+        if not bool(s.isfinite().all()):
+            off = torch.where(s.isfinite(), off, torch.inf)
             break
         given = _given(objective, k * s, given)
         x = minimise(trial, x, (k * s, d, w, *given))[0]
         r = each(objective.residual, x, *given)
-        new = _estimate(estimator, s, r, w, x.shape[1] + objective.found_inside)
+        floor = _rounding(objective, x, r, leaves)
+        new = torch.maximum(_estimate(estimator, s, r, w, x.shape[1] + objective.found_inside), floor)
         misfit = (new - s).abs() / s
         idle = torch.where(misfit < off / 2, 0.0, idle + 1)
         best, off = torch.where(misfit <= off, s, best), torch.minimum(off, misfit)
@@ -172,7 +182,19 @@ def _solve(
     failed = ~(off <= _ACCEPTED)
     if objective.on_failure == "raise" and bool(failed.any()):
         _refuse(objective, estimator, float(s[failed][0]), float(off[failed][0]))
-    return torch.where(failed, torch.nan, best), x, _smooth(estimator, r, w)
+    smooth = torch.where(best > floor * (1 + _ACCEPTED), _smooth(estimator, r, w), 0.0)
+    return torch.where(failed, torch.nan, best), x, smooth
+
+
+def _rounding(objective: Objective, x: Tensor, r: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+    """A scale (P,) below which residuals are rounding errors, as those of data without noise: the least that is used.
+
+    Where everything is zero any number will do.
+    """
+    J = each(objective.slopes, x, *leaves)
+    model = model_at(objective, J.where(J.isfinite(), 0.0), torch.ones_like(r), leaves)
+    floor = _ERRORS * objective.arithmetic * (leaves[2].sqrt() * errors_of_residual(model, r, x)).amax(1)
+    return torch.where(floor > 0, floor, 1.0)
 
 
 def _ahead(s: Tensor, new: Tensor, before: tuple[Tensor, Tensor] | None, trusted: Tensor) -> Tensor:
@@ -185,11 +207,6 @@ def _ahead(s: Tensor, new: Tensor, before: tuple[Tensor, Tensor] | None, trusted
 
 
 def _refuse(objective: Objective, estimator: str, s: float, off: float) -> None:
-    if s == 0:
-        raise ConvergenceError(
-            f"{objective.name} estimates a scale of zero, scale={estimator!r}: half of the residuals are zero or more",
-            "a scale that is given",
-        )
     raise ConvergenceError(
         f"{objective.name} found no scale that is its own estimate, scale={estimator!r}: after {_STEPS} fits or less "
         f"one of {s:.3e} is off by {off:.1e}, relative",
