@@ -30,7 +30,7 @@ from ..result import CONVERGED, ITERATION_LIMIT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
 from ..sparse.pattern import SparsePattern
-from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
+from ..torch_func.primitive import Constant
 from .hessian import relative
 from .levenberg_marquardt import minimise
 from .model import model_at
@@ -114,7 +114,7 @@ def within_bounds(objective: Objective, x0: Tensor, bounds: tuple[Tensor, Tensor
     return OnSet(inner, found.x, _leaves_on(found.active, lower, upper, leaves), found)
 
 
-class SetOfUnknowns(Primitive):
+class SetOfUnknowns(Constant):
     """((objective, that on the set), x0, lower, upper (P, n), *leaves (P, ...)) -> the fields of `AtBounds`"""
 
     constants = (0, 1, 2, 3, 4, 5)
@@ -125,22 +125,6 @@ class SetOfUnknowns(Primitive):
             return (*(x0.clone() for _ in range(4)), x0.new_empty(0), x0.new_empty(0))
         objective, inner = static
         return tuple(_Search(objective, inner, x0, lower, upper, leaves).run())
-
-    @classmethod
-    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        return (None,) * len(inputs)
-
-    @classmethod
-    def jvp_rule(cls, static, inputs, outputs, tangents):
-        return (None,) * len(cls.constants)
-
-    @classmethod
-    def vmap(cls, info, in_dims, static, *tensors):
-        size = info.batch_size
-        joined = (join_matrices(tensor, dim, size) for tensor, dim in zip(tensors, in_dims[1:], strict=True))
-        copies = extent(tensors[:1], in_dims[1:2], 0)
-        outputs = cls.apply(static, *joined)
-        return tuple(split_matrices(output, size, copies) for output in outputs), (0,) * len(outputs)
 
 
 class _Search:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
-from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
+from ..torch_func.primitive import Constant, define
 from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, attempt, judge, left_of_shift
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
@@ -272,34 +272,13 @@ _left = define(
 )
 
 
-class _Constant(Primitive):
-    """Outputs without a derivative, of P problems each; the last input is the indices, which all share."""
-
-    @classmethod
-    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        return (None,) * len(inputs)
-
-    @classmethod
-    def jvp_rule(cls, static, inputs, outputs, tangents):
-        return (None,) * len(cls.constants)
-
-    @classmethod
-    def vmap(cls, info, in_dims, static, *tensors):
-        *of_problems, indices = tensors
-        size = info.batch_size
-        joined = [join_matrices(t, dim, size) for t, dim in zip(of_problems, in_dims[1:], strict=False)]
-        outputs = cls.apply(static, *joined, indices)
-        copies = extent(of_problems, in_dims[1:-1], 0)
-        return tuple(split_matrices(t, size, copies) for t in outputs), (0,) * len(outputs)
-
-
-class ActiveSet(_Constant):
+class ActiveSet(Constant):
     """(active, weak, multipliers (P, n), status (P,)) of (values, weights, damp, b, lower, upper, indices).
 
     active is -1, 0 or 1; weak is 1 where strict complementarity fails.
     """
 
-    constants = (0, 1, 2, 3)
+    constants, shared = (0, 1, 2, 3), 1
 
     @classmethod
     def forward(cls, static, values, weights, damp, b, lower, upper, indices):
@@ -307,10 +286,10 @@ class ActiveSet(_Constant):
         return _kernel(*tensors, indices, static.m, static.n, static.settings.text, static.on_failure)
 
 
-class LeftOfShift(_Constant):
+class LeftOfShift(Constant):
     """(what rounding has left out of b - A x,) of (values, x, b, b - A x as it is, indices)."""
 
-    constants = (0,)
+    constants, shared = (0,), 1
 
     @classmethod
     def forward(cls, static, values, x, b, shifted, indices):

@@ -234,3 +234,26 @@ def join_columns(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | 
 def split_columns(tensor: Tensor, size: int, columns: int) -> Tensor:
     """(P, rows, B k) -> (B, P, rows, k), for k = `columns`."""
     return tensor.unflatten(2, (size, columns)).movedim(2, 0).contiguous()
+
+
+class Constant(Primitive):
+    """Outputs without a derivative, (P, ...) each, of P problems; the last `shared` tensors are those of all."""
+
+    shared = 0
+
+    @classmethod
+    def vjp_rule(cls, static: Any, inputs: tuple, outputs: tuple, cotangents: tuple, needed: tuple) -> tuple:
+        return (None,) * len(inputs)
+
+    @classmethod
+    def jvp_rule(cls, static: Any, inputs: tuple, outputs: tuple, tangents: tuple) -> tuple:
+        return (None,) * len(cls.constants)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple, static: Any, *tensors: Any) -> tuple:
+        size, count = info.batch_size, len(tensors) - cls.shared
+        of_problems, dims = tensors[:count], in_dims[1 : 1 + count]
+        joined = [join_matrices(t, dim, size) for t, dim in zip(of_problems, dims, strict=True)]
+        outputs = cls.apply(static, *joined, *tensors[count:])
+        copies = extent(of_problems, dims, 0)
+        return tuple(split_matrices(t, size, copies) for t in outputs), (0,) * len(outputs)
