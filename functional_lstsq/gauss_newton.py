@@ -213,7 +213,7 @@ def minimum_of(
     if limits is not None and minimum_norm:
         raise ValueError("bounds allow no rank_deficient='minimum_norm'")
     if limits is not None and isinstance(getattr(robust, "scale", None), str):
-        raise ValueError(f"bounds allow no estimated scale, got scale={robust.scale!r}: give a number, as scale=1")
+        raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
     if m < n and limits is None:
         raise ValueError(
             f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "

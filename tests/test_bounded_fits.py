@@ -188,12 +188,13 @@ def test_an_unknown_that_cannot_move_from_the_wrong_side():
 @pytest.mark.parametrize(
     ("bounds", "options", "error", "words"),
     [
-        (1.0, {}, TypeError, "bounds must be a pair"),
+        (1.0, {}, TypeError, r"bounds must be a pair \(lower, upper\), got float"),
+        ((0,), {}, TypeError, "got 1 of them"),
         ((0, "1"), {}, TypeError, "the upper bound must be a number"),
         ((torch.zeros(3, dtype=D), 1), {}, ValueError, r"the lower bound must .* \(4,\), got \(3,\)"),
         ((2.0, 1.0), {}, ValueError, "bounds must be lower <= upper, with a number between, got 2 and 1 at 0"),
         ((math.nan, 1.0), {}, ValueError, "bounds must be lower <= upper"),
-        ((torch.zeros(4, dtype=torch.int64), 1), {}, TypeError, "the lower bound must be a number"),
+        ((torch.zeros(4, dtype=torch.complex128), 1), {}, TypeError, "the lower bound must be a number"),
         ((0.0, 1.0), {"rank_deficient": "minimum_norm"}, ValueError, "bounds allow no rank_deficient"),
         ((0.0, 1.0), {"robust": fl.Huber(scale="mad")}, ValueError, "bounds allow no estimated scale"),
     ],

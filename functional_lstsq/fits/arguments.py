@@ -10,6 +10,8 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..linear.arguments import check_numbers
+from ..linear.bounds import bound_of, pair_of
+from ..linear.pivoting import check_order
 from ..sparse.pattern import SparsePattern
 from ..sparse.precision import convert
 from ..torch_func.tracing import concrete
@@ -81,30 +83,10 @@ def taken_apart(args: tuple) -> tuple[list[Tensor], Callable[[Any], tuple]]:
 
 def bounds_of(bounds: Any, x0: Tensor, on_failure: str) -> tuple[Tensor, Tensor]:
     """(lower, upper), (n,) each, in double precision."""
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds must be a pair (lower, upper), got {type(bounds).__name__}")
-    lower, upper = (_bound(name, bound, x0, on_failure) for name, bound in zip(("lower", "upper"), bounds, strict=True))
-    least, most = concrete(lower).detach(), concrete(upper).detach()
-    wrong = ~(least <= most) | (least == torch.inf) | (most == -torch.inf)
-    if bool(wrong.any()):
-        place = tuple(wrong.nonzero()[0].tolist())
-        low, high = (float(t.expand(wrong.shape)[place]) for t in (least, most))
-        raise ValueError(
-            f"bounds must be lower <= upper, with a number between, got {low:g} and {high:g} at {place[-1]}"
-        )
+    (n,) = x0.shape
+    lower, upper = (
+        bound_of(name, as_vector(bound)[0], ((), (n,)), x0.device, "x0", on_failure).expand(n)
+        for name, bound in zip(("lower", "upper"), pair_of(bounds), strict=True)
+    )
+    check_order(*(concrete(bound).detach().reshape(-1, n) for bound in (lower, upper)))
     return lower, upper
-
-
-def _bound(name: str, bound: Any, x0: Tensor, on_failure: str) -> Tensor:
-    (n,), what = x0.shape, f"the {name} bound"
-    if isinstance(bound, (int, float)) and not isinstance(bound, bool):
-        bound = torch.full((), float(bound), dtype=torch.float64, device=x0.device)
-    bound = as_vector(bound)[0]
-    if not isinstance(bound, Tensor) or bound.layout != torch.strided or not bound.is_floating_point():
-        got = f"a tensor of {bound.dtype}, {bound.layout}" if isinstance(bound, Tensor) else repr(bound)
-        raise TypeError(f"{what} must be a number, a dense real tensor or a pytree as x0 is, got {got}")
-    if bound.shape not in ((), (n,)):
-        raise ValueError(f"{what} must be a number or of shape ({n},), got {tuple(bound.shape)}")
-    if bound.device != x0.device:
-        raise ValueError(f"{what} is on {bound.device}, x0 is on {x0.device}")
-    return convert(bound, torch.float64, f"the derivative by {what}", on_failure).expand(n)

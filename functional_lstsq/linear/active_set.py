@@ -19,7 +19,7 @@ from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
 from ..torch_func.primitive import Constant, define
-from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, attempt, judge, left_of_shift
+from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, attempt, check_order, judge, left_of_shift
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
 _SINGLES = 30  # single exchanges before the slower method
@@ -224,11 +224,7 @@ def _active_set(
 
 
 def _check(lower: Tensor, upper: Tensor, damp: Tensor) -> None:
-    wrong = ~(lower <= upper) | (lower == torch.inf) | (upper == -torch.inf)
-    if bool(wrong.any()):
-        p, j = (int(i) for i in wrong.nonzero()[0])
-        least, most = float(lower[p, j]), float(upper[p, j])
-        raise ValueError(f"bounds must be lower <= upper, with a number between, got {least:g} and {most:g} at {j}")
+    check_order(lower, upper)
     beside = damp.isinf() & ((lower > 0) | (upper < 0))
     if bool(beside.any()):
         j = int(beside.nonzero()[0, 1])

@@ -108,9 +108,7 @@ def pose_bounds(problem: Problem, bounds: Any, robust: Any) -> Posed:
     check_solver(settings.solver, "bounds=")
     if settings.minimum_norm:
         raise ValueError("bounds allow no rank_deficient='minimum_norm'")
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds must be a pair (lower, upper), got {type(bounds).__name__}")
-    lower, upper = (_bound(problem, name, t) for name, t in zip(("lower", "upper"), bounds, strict=True))
+    lower, upper = (_bound(problem, name, t) for name, t in zip(("lower", "upper"), pair_of(bounds), strict=True))
     damp = b.new_zeros(()) if problem.damp is None else problem.damp
     settings = replace(settings, wide=False, exact=True)
     # With a damping of each unknown [A; D] is tall, and the solution is the x of the system.
@@ -118,21 +116,34 @@ def pose_bounds(problem: Problem, bounds: Any, robust: Any) -> Posed:
     return Posed(problem, lower, upper)
 
 
-def _bound(problem: Problem, name: str, bound: Any) -> Tensor:
-    """(k, n)"""
-    (_, n), b, k = problem.shape, problem.b, 1 if problem.b.ndim == 1 else problem.b.shape[1]
+def pair_of(bounds: Any) -> tuple[Any, Any]:
+    """(lower, upper), of `bounds=`."""
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        got = f"{len(bounds)} of them" if isinstance(bounds, (tuple, list)) else type(bounds).__name__
+        raise TypeError(f"bounds must be a pair (lower, upper), got {got}")
+    return bounds[0], bounds[1]
+
+
+def bound_of(name: str, bound: Any, shapes: tuple, device: torch.device, owner: str, on_failure: str) -> Tensor:
+    """A bound, in double precision: a number, or a tensor of one of the shapes, on the device of its owner."""
     if isinstance(bound, (int, float)) and not isinstance(bound, bool):
-        bound = torch.full((), float(bound), dtype=torch.float64, device=b.device)
-    columns = () if b.ndim == 1 else ((n, k),)
+        bound = torch.full((), float(bound), dtype=torch.float64, device=device)
     if not isinstance(bound, Tensor) or bound.layout != torch.strided or bound.is_complex():
         got = f"a tensor of {bound.dtype}, {bound.layout}" if isinstance(bound, Tensor) else repr(bound)
         raise TypeError(f"the {name} bound must be a number or a dense real tensor, got {got}")
-    if bound.shape not in ((), (n,), *columns):
-        wanted = " or ".join(str(shape) for shape in ((), (n,), *columns))
+    if bound.shape not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"the {name} bound must be a number or of shape {wanted}, got {tuple(bound.shape)}")
-    if bound.device != b.device:
-        raise ValueError(f"the {name} bound is on {bound.device}, A is on {b.device}")
-    bound = convert(bound, torch.float64, f"the derivative by the {name} bound", problem.on_failure)
+    if bound.device != device:
+        raise ValueError(f"the {name} bound is on {bound.device}, {owner} is on {device}")
+    return convert(bound, torch.float64, f"the derivative by the {name} bound", on_failure)
+
+
+def _bound(problem: Problem, name: str, bound: Any) -> Tensor:
+    """(k, n)"""
+    (_, n), b, k = problem.shape, problem.b, 1 if problem.b.ndim == 1 else problem.b.shape[1]
+    shapes = ((), (n,)) if b.ndim == 1 else ((), (n,), (n, k))
+    bound = bound_of(name, bound, shapes, b.device, "A", problem.on_failure)
     return bound.T if bound.ndim == 2 else bound.expand(k, n)
 
 

@@ -75,6 +75,15 @@ class Tried(NamedTuple):
     deficient: Tensor
 
 
+def check_order(lower: Tensor, upper: Tensor) -> None:
+    """Refuse bounds (P, n) between which there is no number, NaN among them."""
+    wrong = ~(lower <= upper) | (lower == torch.inf) | (upper == -torch.inf)
+    if bool(wrong.any()):
+        p, j = (int(i) for i in wrong.nonzero()[0])
+        least, most = float(lower[p, j]), float(upper[p, j])
+        raise ValueError(f"bounds must be lower <= upper, with a number between, got {least:g} and {most:g} at {j}")
+
+
 def at_bounds(active: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """x (P, n) where it is pinned, zero elsewhere."""
     zero = torch.zeros_like(lower)
