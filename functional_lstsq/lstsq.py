@@ -70,7 +70,8 @@ def lstsq(
             cost and moves on where a method has no answer that is accepted.
         rank_deficient: "raise", or "minimum_norm" for A^+ b, with the derivatives for changes that keep the rank.
         rank_tolerance: fraction of the largest singular value, columns scaled to norm 1, below which others count as
-            zero, less than 1e-6; None for 4 (eps + 2.2e-16 sqrt(max(m, n))). For designs that lack rank but for errors.
+            zero, less than 1e-6; None for 4 (eps + 2.2e-16 sqrt(max(m, n))), with which a small A whose rank depends on
+            the units of its equations is refused. For designs that lack rank but for errors.
         refine: "auto" takes residuals in about twice double precision where rounding would make errors above 1e-11
             (1e-9 with `CGLS`); "extended" always does. Errors then are of the size of rounding x itself while the
             condition number is below about 1e13. (Of a wide A, or a LinearOperator, weights are multiplied in as square

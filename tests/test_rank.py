@@ -6,6 +6,7 @@ import mpmath
 import pytest
 import torch
 from helpers import close, full_pattern, normal, with_singular_values
+from rationals import least_squares
 from references import exact
 
 import functional_lstsq as fl
@@ -285,3 +286,30 @@ def test_a_row_of_a_wide_matrix_with_neither_weight_nor_damping():
     assert solution.x.isnan().all()
     x = fl.lstsq(A.to_sparse(), b, weights=weights, damp=0.0, rank_deficient="minimum_norm")
     torch.testing.assert_close(x, A[1] / 90, rtol=1e-14, atol=0)
+
+
+def test_a_light_column_takes_part_in_a_dependence_of_heavy_ones():
+    """Columns 0, 1 and 1 - 0 + 2 where column 2 is 2^-46 times as large, little more than rounding leaves."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randint(-9, 10, (7, 3), generator=g).double() * 2.0 ** torch.tensor([0, 0, -46])
+    A = torch.cat([A, A[:, 1:2] - A[:, :1] + A[:, 2:3]], 1)
+    assert bool((A[:, 3] != A[:, 1] - A[:, 0]).any())
+    b = torch.randint(-9, 10, (7,), generator=g).double()
+    x = fl.lstsq(fl.SparseMatrix.from_dense(A), b, rank_deficient="minimum_norm")
+    want, rank, _ = least_squares(A, b)
+    assert rank == 3
+    torch.testing.assert_close(x, torch.tensor([float(v[0]) for v in want], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tall", [True, False])
+def test_a_rank_that_depends_on_the_units_of_equations_or_unknowns_is_not_guessed(tall):
+    """[1 1e20 0; 2 1e20 0] has rank 2, and rank 1 in numbers: the solution of either may be off by 1e20."""
+    A = torch.tensor([[1, 1e20, 0], [2, 1e20, 0]], dtype=torch.float64)
+    A = A.T.contiguous() if tall else A
+    matrix, b = fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape)), torch.ones(len(A), dtype=torch.float64)
+    with pytest.raises(fl.ConvergenceError, match="rescale"):
+        fl.lstsq(matrix, b, rank_deficient="minimum_norm")
+    found = fl.solve(matrix, b, rank_deficient="minimum_norm", rank_tolerance=1e-12)
+    assert found.info.rank == 1
+    want = torch.linalg.pinv(A, rtol=1e-12) @ b
+    torch.testing.assert_close(found.x, want, rtol=1e-9, atol=1e-9 * float(want.norm()))

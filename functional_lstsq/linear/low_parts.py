@@ -52,15 +52,14 @@ def low_parts(
         return torch.zeros_like(r), torch.zeros_like(x)
     whole_r, whole_y, c = Pair.of(r), Pair.of(y), system.scaling.rescaled(c, none, -1)
     null, beyond = factors.null, None
-    for _ in range(
-        2 if null is None else 3
-    ):  # rounding of the first residuals is magnified as that of the solution was
+    # Rounding of the first residuals is magnified as that of the solution was.
+    for _ in range(2 if null is None else 3):
         first, second = system.exact_residuals(b, c, whole_r, whole_y, e)
         if null is not None:
             # The part of c that A does not reach stays: taken off by projecting, its rounding errors would be new ones
             # each time.
             if beyond is None:
-                beyond = system.scaling.rescaled(null @ (null.mH @ system.scaling.rescaled(second, none, 1)), none, -1)
+                beyond = system.scaling.rescaled(null.outside(system.scaling.rescaled(second, none, 1)), none, -1)
             second = second - beyond
         left = (torch.where(needed[:, None] & f.isfinite(), f, 0.0) for f in (first, second))
         more_r, more_y, _ = factors.solve(*left)

@@ -9,8 +9,8 @@ every row of a Jacobian and every derivative after that.
   the iterate after some of its steps.
 - conjugate_gradients, refinement, acceptance: the loops that methods share, and the report of what was reached.
 - factored, sparse_factor, shifted: solves by a factor, and the sparse Cholesky factor of A^H A.
-- inverse_iteration, null_space, clusters, local, local_basis, ritz, certificate, weakest: extreme singular values and
-  what belongs to them.
+- inverse_iteration, null_space, row_space, clusters, local, local_basis, ritz, certificate, weakest: extreme singular
+  values and what belongs to them.
 - scaling: columns of norms of about 1. exact_residuals: residuals in twice the working precision. single_precision:
   iterations in half of it, for large A. memory: how much there is. watching: how far it has come.
 """

@@ -51,8 +51,7 @@ class Factors:
 
     Attributes:
         accept: `threshold` of the solver, by which answers were accepted.
-        null: orthonormal basis (P, n, q) of the null space of the unscaled A, with zeros for matrices that have less;
-            None for full rank.
+        null: the null space of the unscaled A, as a `NullSpace`; None for full rank.
         blockwise: whether solving for a block of columns takes much less time than for each.
     """
 

@@ -10,19 +10,24 @@ an SVD of n x n; memory n^2 for each matrix of the batch; a solve is some ten ap
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import BY_CGLS, OTHER_SOLVER, SolveError, TooLarge
 from ..result import method_code
+from ..sparse.double_double import Pair
+from ..sparse.numerics import ldexp
 from .base import Solver
 from .factored import Factored, power
 from .memory import available_bytes, fits
+from .row_space import RowSpace, Triangles
 from .system import System, check_number
 
 # Cholesky of A^H A knows the smallest singular value to a relative n eps cond^2; past this, rows decide.
 _CHOLESKY_CONDITION = 1e6
+_EXACT = 1e4  # condition number, times the ratio of norms of columns, from which the null space is taken exactly
 _BLOCK = 2**24  # entries of a dense block of rows
 _PART = 2**20  # entries of the factors of a batch that are made at a time, for them to stay in a cache
 _SMALL = 128  # columns up to which a compiled function takes less time than LAPACK, and products than power iterations
@@ -89,7 +94,8 @@ class _Factors(Factored):
     def _decompose(self, which: Tensor) -> None:
         """Singular values and vectors of the matrices `which`, without squaring the condition number."""
         system = self.system
-        _, s, Vh = torch.linalg.svd(_triangle(system, which))
+        R = _triangle(system, which)
+        _, s, Vh = torch.linalg.svd(R)
         V = Vh.mH
         keep = s > system.tolerance * s[:, :1]  # none of a matrix of zeros, whose condition number is set to 1
         rank = keep.sum(1, keepdim=True)
@@ -103,13 +109,31 @@ class _Factors(Factored):
         everything[sound] = torch.linalg.solve_triangular(self.L[sound], eye, upper=False).mH
         everything[which] = V * torch.where(keep, 1 / s, 0.0)[:, None]
         self.inverse = everything  # B with B B^H = (A^H A + d^2)^+
-        nullity = int((~keep).sum(1).max())
-        if nullity:
-            lost = keep.new_zeros((system.copies, 1, nullity))
-            lost[which] = ~keep.flip(1)[:, None, :nullity]  # null vectors first, zeros behind
-            vectors = torch.zeros_like(everything[:, :, :nullity])
-            vectors[which] = V.flip(2)[:, :, :nullity]
-            self.null, self.null_slip = self._null_space(torch.where(lost, vectors, 0.0), lost)
+        deficient = ~keep.all(1)
+        if bool(deficient.any()):
+            self.null = self._row_space(which[deficient], R[deficient], rank[deficient, 0])
+
+    def _row_space(self, which: Tensor, R: Tensor, rank: Tensor) -> RowSpace:
+        """Of the matrices `which`, which have triangles R and are of this rank.
+
+        Neither the rank nor the null space depends on the units of rows, but in numbers they do: rows that are tiny
+        beside others are nothing but rounding in a column. So both are taken from rows of one size, and where the rank
+        differs, nothing is claimed. A tolerance that was asked for is one of A in its own units.
+        """
+        system, scaled = self.system, self.system.scaling.exponents[which, :, 0]
+        shift, rows, found = torch.zeros_like(scaled), None, rank
+        if not system.tolerance_given:
+            rows = _sizes_of_rows(system, which)
+            R = _triangle(system, which, rows)
+            shift = torch.frexp(torch.linalg.vector_norm(R, dim=1)).exponent
+            R = ldexp(R, -shift[:, None])
+            s = torch.linalg.svdvals(R)
+            found = (s > system.tolerance * s[:, :1]).sum(1)
+        # The condition number magnifies rounding errors of R, and so does a column that is heavier than another.
+        spread = (scaled.amax() - scaled.amin()).double().exp2() * self.largest[which] / self.smallest[which]
+        exact = system.exact and bool((spread > _EXACT).any())
+        gradient = partial(_gradient_of_rows, system, which, rows) if exact else None
+        return RowSpace(Triangles(R, scaled, shift, found, rank, which), system.tolerance, gradient)
 
     def apply(self, g: Tensor) -> Tensor:
         """(A^H A + d^2)^+ g"""
@@ -164,21 +188,45 @@ def _largest(M: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(M @ M)[:, None] ** 0.25
 
 
-def _triangle(system: System, which: Tensor) -> Tensor:
-    """R (P', n, n) of the QR factorisations of the matrices `which`, with the damping below A; rows in blocks."""
+def _sizes_of_rows(system: System, which: Tensor) -> Tensor:
+    """Exponents (P', m) of the largest entries of rows of the matrices `which`."""
+    place, values = system.A.pattern.indices[0].expand(len(which), -1), system.A.values[which].abs()
+    return torch.frexp(values.new_zeros((len(which), system.m)).scatter_reduce(1, place, values, "amax")).exponent
+
+
+def _gradient_of_rows(system: System, which: Tensor, rows: Tensor | None, N: Pair) -> Tensor:
+    """A^H A N of the matrices `which` (P', n, q), A N in extended precision, for rows in units of 2^rows."""
+    none = N.high.new_zeros((system.copies, *N.high.shape[1:]))
+    whole = Pair(*(none.index_copy(0, which, part) for part in N))
+    image = system.weigh(system.exact_residuals.matmul(whole).value)
+    if rows is not None:
+        unit = -2 * rows[:, :, None]
+        image = image.index_copy(0, which, ldexp(image[which], unit))
+    found = system.A.adjoint(image)[which]
+    if system.d2 is not None:
+        d2 = system.d2[which]
+        found = found + (d2 if rows is None else (d2 > 0).to(d2.dtype)) * N.high
+    return found
+
+
+def _triangle(system: System, which: Tensor, rows: Tensor | None = None) -> Tensor:
+    """R (P', n, n) of the QR factorisations of the matrices `which`, with the damping below A; rows in blocks.
+
+    `rows`: exponents (P', m) of the units of rows, in which those of the damping are ones.
+    """
     n, count, where = system.n, len(which), system.A.pattern.rows
-    values = system.A.values[which]
+    values, d2 = system.A.values[which], None if system.d2 is None else system.d2[which, :, 0]
+    if rows is not None:
+        values = ldexp(values, -rows.gather(1, system.A.pattern.indices[0].expand(count, -1)))
+        d2 = None if d2 is None else (d2 > 0).to(d2.dtype)
     values = values if where.order is None else values[:, where.order]
-    if system.d2 is None:
-        R = values.new_zeros((count, n, n))
-    else:
-        R = torch.diag_embed(system.d2[which, :, 0].sqrt()).to(values.dtype)
-    rows = torch.repeat_interleave(torch.arange(system.m, device=values.device), where.pointers.diff())
+    R = values.new_zeros((count, n, n)) if d2 is None else torch.diag_embed(d2.sqrt()).to(values.dtype)
+    number = torch.repeat_interleave(torch.arange(system.m, device=values.device), where.pointers.diff())
     height = max(n, _BLOCK // max(1, n * count))
     for top in range(0, system.m, height):
         bottom = min(top + height, system.m)
         first, last = int(where.pointers[top]), int(where.pointers[bottom])
         block = values.new_zeros((count, bottom - top, n))
-        block[:, rows[first:last] - top, where.indices[first:last].long()] = values[:, first:last]
+        block[:, number[first:last] - top, where.indices[first:last].long()] = values[:, first:last]
         R = torch.linalg.qr(torch.cat([R, block], 1), mode="r").R
     return system.A.stacked(R)

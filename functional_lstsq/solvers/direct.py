@@ -20,17 +20,19 @@ from torch import Tensor
 
 from ..errors import BY_CGLS, MEMORY, TooLarge
 from ..result import INACCURATE, Report, method_code
+from ..sparse.double_double import Pair, Single
 from .base import Solver
 from .factored import Factored, power
 from .inverse_iteration import WIDTHS
 from .local import LocalFactor, local_factor
 from .memory import available_bytes
-from .null_space import SparseVectors
+from .null_space import NullVectors, SparseVectors, orthonormal, refine_null_space
 from .shifted import ShiftedFactor
 from .sparse_factor import GramAnalysis, method_name
 from .system import System, check_number
 from .watching import tell
 
+_EXACT = 1e4  # condition number, times the ratio of norms of columns, from which null vectors are carried as pairs
 _FIRST = 2  # of the widths of blocks that are tried before a local basis, which takes less time than the next
 
 
@@ -140,23 +142,44 @@ class _Factors(Factored):
         local = SparseVectors.together([(p, null) for p, (null, _) in parts], copies) if parts else None
         dense = self._null_space(Z, lost, local) if width else (Z, Z)
         if local is None:
-            self.null, self.null_slip = dense
+            self.null = NullVectors(*dense, self.system.empty)
             return
-        self.null, self.null_slip = (
-            SparseVectors.together(
-                [(p, found[which]) for p, found in parts]
-                + [(p, SparseVectors.from_dense(dense[which][p], lost[p, 0])) for p in range(copies)],
-                copies,
-            )
-            for which in range(2)
-        )
+
+        def together(which: int) -> SparseVectors:
+            weak = [(p, SparseVectors.from_dense(dense[which][p], lost[p, 0])) for p in range(copies)]
+            return SparseVectors.together([(p, found[which]) for p, found in parts] + weak, copies)
+
+        self.null = NullVectors(together(0), together(1), self.system.empty)
+
+    def _null_space(self, Z: Tensor, lost: Tensor, local: SparseVectors | None = None) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of the null space of A and its errors, from null vectors of the scaled matrix, about.
+
+        Args:
+            Z: (P, n, q), zeros where a matrix has fewer vectors.
+            lost: (P, 1, q), which are vectors.
+            local: an orthonormal basis of a part of the null space that is known already.
+        """
+        system = self.system
+        # Rounding errors of A Z are magnified by the condition number, those of Z by its square, and both by D^-1:
+        # where these are large, Z is carried as a pair of doubles.
+        spread = system.scale.amax(1) / system.scale.amin(1)
+        exact = bool((self.largest * spread > _EXACT * self.smallest).any())
+
+        def correction(whole: Pair | Single) -> Tensor:
+            if isinstance(whole, Pair):
+                image = system.weigh(system.exact_residuals.matmul(whole).value)
+            else:
+                image = system.A.matmul(whole.high)
+            return self.apply(system.A.adjoint(image))
+
+        def beside(null: Tensor, *, by_rows: bool = False) -> Tensor:
+            return orthonormal(null if local is None else null - local @ (local.mH @ null), lost, by_rows=by_rows)
+
+        return refine_null_space(Z, system.scale, beside, correction, exact=exact)
 
     def apply(self, g: Tensor) -> Tensor:
         """(A^H A + d^2)^+ g, to some digits."""
         return torch.stack([block.apply(part) for block, part in zip(self.blocks, g, strict=True)])
-
-    def _project(self, x: Tensor) -> Tensor:
-        return torch.where(self.system.empty[:, :, None], 0.0, super()._project(x))
 
     def dependent(self, p: int) -> list[int]:
         """Some columns that take part in a dependence among the columns of matrix p."""

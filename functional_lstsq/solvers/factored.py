@@ -7,8 +7,7 @@
 
 A factor of A^H A, or of A, is such a good preconditioner that one to three iterations do, and the refinement around
 them gives the accuracy of a backward stable method and more (Björck, Numerical Methods for Least Squares Problems, SIAM
-1996, section 6.6). Without full rank, with an orthonormal basis Z of the null space of the unscaled A, solutions are
-x - Z Z^H x.
+1996, section 6.6). Without full rank, solutions are projected on the row space of the unscaled A.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from torch import Tensor
 
 from ..result import RANK_DEFICIENT, Report
 from ..sparse.base import dot, norm
-from ..sparse.double_double import Pair, Single
+from ..sparse.double_double import Pair
 from ..sparse.lazy import lazy
 from ..sparse.numerics import noise
 from .acceptance import report
 from .base import Factors
 from .conjugate_gradients import Run, cgls
-from .null_space import SparseVectors, orthonormal, refine_null_space
+from .null_space import NullSpace, SparseVectors
 from .refinement import Refined, refine
 from .system import EPS, System
 from .watching import tell
@@ -45,17 +44,14 @@ class Factored(Factors):
         method: codes (P, 1) of how each matrix was factored.
         largest, smallest: extreme singular values that are not zero (P, 1).
         rank: (P, 1), in double precision.
-        null: orthonormal basis of the null space of the unscaled A (P, n, q), zeros where a matrix has fewer vectors;
-            None if all have full rank.
-        null_slip: estimate of its errors, as `null`.
+        null: the null space, None if all have full rank.
     """
 
     method: Tensor
     largest: Tensor
     smallest: Tensor
     rank: Tensor
-    null: Tensor | SparseVectors | None = None
-    null_slip: Tensor | SparseVectors
+    null: NullSpace | None = None
 
     def __init__(self, system: System, minimum_norm: bool, accept: float):
         self.system, self.minimum_norm, self.accept = system, minimum_norm, accept
@@ -71,10 +67,10 @@ class Factored(Factors):
         system, given, accept = self.system, c, self.accept if judged else None
         if self.null is not None:
             unscaled = c * system.scale
-            seen = self._project(unscaled)
-            c = seen / system.scale
-            # What is left of c is reported on as zero where it may be nothing but the rounding errors of c.
-            given = torch.where((norm(seen) <= 16 * EPS * norm(unscaled))[:, None], given, c)
+            seen, (slip, _) = self.null.project(unscaled), self.null.errors(unscaled)
+            c, blur = seen / system.scale, slip / system.scale
+            # What is left of c is reported on as zero where it may be nothing but errors of the projection.
+            given = torch.where((norm(seen) <= 16 * norm(slip))[:, None], given, c)
         plain = self.null is None and bool((self.largest < _PLAIN * self.smallest).all())
         refined = refine(
             system,
@@ -91,7 +87,7 @@ class Factored(Factors):
             strict=system.slack is not None,
         )
         if self.null is not None:
-            refined = self._without_null_space(refined, b, unscaled)
+            refined = self._without_null_space(refined, b, blur)
         answer = report(
             system,
             b,
@@ -119,12 +115,10 @@ class Factored(Factors):
         where P projects off N times the null space of the scaled A: only there do the pseudoinverses of both differ.
         Without P, where null vectors are sparse, it comes out at most 2 times too large, as N is between 1/2 and 2.
         """
-        system, null = self.system, self.null
+        system, null = self.system, None
         N = system.norms
-        if isinstance(null, SparseVectors):
-            null = None
-        if null is not None:
-            null = torch.where((null != 0).any(1, keepdim=True), torch.linalg.qr(N * system.scale * null).Q, 0.0)
+        if self.null is not None and isinstance(basis := self.null.basis(system.scale), Tensor):
+            null = torch.where((basis != 0).any(1, keepdim=True), torch.linalg.qr(N * basis).Q, 0.0)
 
         def square(v: Tensor) -> Tensor:
             return system.normal(v / N) / N
@@ -144,53 +138,51 @@ class Factored(Factors):
         """Some columns that take part in a dependence among the columns of matrix p, the foremost first."""
         if self.null is None:
             return []
-        null = self.null
-        sizes = null.norms_of_rows() if isinstance(null, SparseVectors) else torch.linalg.vector_norm(null, dim=2)
-        shares = sizes[p] * self.system.scale[p, :, 0] * self.system.norms[p, :, 0]
+        system = self.system
+        basis = self.null.basis(system.scale)
+        if isinstance(basis, SparseVectors):
+            shares = basis.norms_of_rows()[p] * system.scale[p, :, 0]
+        else:
+            shares = torch.linalg.vector_norm(torch.linalg.qr(basis[p, :, (basis[p] != 0).any(0)]).Q, dim=1)
+        shares = shares * system.norms[p, :, 0]
         top = shares.topk(min(5, len(shares)))
         return top.indices[top.values > 0.1 * top.values[0]].tolist()
 
-    def _project(self, x: Tensor) -> Tensor:
-        """x without its part in the null space of the unscaled A."""
-        assert self.null is not None
-        return x - self.null @ (self.null.mH @ x)
+    def _without_null_space(self, refined: Refined, b: Tensor, blur: Tensor) -> Refined:
+        """The solution of least norm, with what errors of the null space do to it, and an error `blur` of c.
 
-    def _without_null_space(self, refined: Refined, b: Tensor, unscaled: Tensor) -> Refined:
-        """The solution of least norm, with what errors of the null space do to it and did to c (`unscaled`)."""
-        system, null, slip = self.system, self.null, self.null_slip
+        Of an error of c only what lies in the row space has an effect.
+        """
+        system, null = self.system, self.null
         assert null is not None
         r, y, errors, iterations = refined
         x = y / system.scale
         size = system.scale.amin(1)
-        # An error dZ of Z moves x - Z Z^H x by dZ Z^H x + Z dZ^H x, and c likewise; there the second term lies in the
-        # null space and has no effect.
-        of_x = size * (norm(slip @ (null.mH @ x)) + norm(null @ (slip.mH @ x))) + EPS * norm(system.weight * y)
-        x = self._project(x)
+        of_x = size * sum(norm(error) for error in null.errors(x)) + EPS * norm(system.weight * y)
+        x = null.project(x)
         if bool((errors.x + of_x > _BOUND * size * norm(x)).any()):
             x, moved = self._of_least_norm(b, r, x)
-            errors, of_x = errors._replace(x=size * moved), size * (norm(null @ (slip.mH @ x)) + EPS * norm(x))
-        lost = null.mH @ unscaled
-        blur = slip @ lost
-        blur = (blur + EPS * noise(blur) * (null.abs() @ lost.abs())) / system.scale
+            errors, of_x = errors._replace(x=size * moved), size * (norm(null.errors(x)[1]) + EPS * norm(x))
         moved = self.apply(blur)
         of_r = system.A.norm(system.A.matmul(moved)) + EPS * system.row_norm(r)
         errors = errors._replace(x=errors.x + of_x, r=errors.r + of_r)
         return Refined(r, x * system.scale, errors, iterations)
 
     def _of_least_norm(self, b: Tensor, r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, how far the last correction moved it) of A x = b - r and Z^H x = 0, from an x with Z^H x = 0.
+        """(x, how far the last correction moved it) of A x = b - r, in the row space as the x that this begins with.
 
         Where columns have very different norms, x may be much shorter than what it is a projection of, whose rounding
         errors then are large in A x. Each pass solves for what they leave of b - r - A x and projects again, which
         makes them smaller by about eps times the ratio of the norms.
         """
         system = self.system
+        assert self.null is not None
         none, moved = torch.zeros_like(x), torch.full_like(norm(x), torch.inf)
         for _ in range(_PASSES):
             left = system.exact_residuals(b, none, Pair.of(r), Pair.of(x * system.scale))[0]
-            step = self._project(self._iterate(system.weigh(left), none).y / system.scale)
+            step = self.null.project(self._iterate(system.weigh(left), none).y / system.scale)
             shrinks = norm(step) < moved / 4
-            x = torch.where(shrinks[:, None], self._project(x + step), x)
+            x = torch.where(shrinks[:, None], self.null.project(x + step), x)
             moved = torch.where(shrinks, norm(step), moved)
             if not bool(shrinks.any()):
                 break
@@ -210,32 +202,6 @@ class Factored(Factors):
         g = self.system.gradient(b, torch.zeros_like(c), c)
         goal = _GOAL * dot(g, self.apply(g))
         return cgls(self.system, b, c, self.apply, lambda r, y, live: goal[:, live], limit=30, rises=3)
-
-    def _null_space(self, Z: Tensor, lost: Tensor, local: SparseVectors | None = None) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of the null space of A and its errors, from null vectors of the scaled matrix, about.
-
-        Args:
-            Z: (P, n, q), zeros where a matrix has fewer vectors.
-            lost: (P, 1, q), which are vectors.
-            local: an orthonormal basis of a part of the null space that is known already.
-        """
-        system = self.system
-        # Rounding errors of A Z are magnified by the condition number, those of Z by its square, and both by D^-1:
-        # where these are large, Z is carried as a pair of doubles.
-        spread = system.scale.amax(1) / system.scale.amin(1)
-        exact = bool((self.largest * spread > _PLAIN * self.smallest).any())
-
-        def correction(whole: Pair | Single) -> Tensor:
-            if isinstance(whole, Pair):
-                image = system.weigh(system.exact_residuals.matmul(whole).value)
-            else:
-                image = system.A.matmul(whole.high)
-            return self.apply(system.A.adjoint(image))
-
-        def beside(null: Tensor) -> Tensor:
-            return orthonormal(null if local is None else null - local @ (local.mH @ null), lost)
-
-        return refine_null_space(Z, system.scale, beside, correction, exact=exact)
 
 
 def power(apply: Callable[[Tensor], Tensor], like: Tensor, dtype: torch.dtype, *, steps: int = 5) -> Tensor:

@@ -87,12 +87,12 @@ class LocalBasis:
             image = exactly(whole).value
             return self.T.matmul(self._U.adjoint(image if roots is None else roots * image))
 
-        def by_clusters(null: Tensor) -> Tensor:
+        def by_clusters(null: Tensor, *, by_rows: bool = False) -> Tensor:
             found = torch.zeros_like(null)
             for kind in clusters.kinds:
                 most = min(null.shape[2], kind.columns.shape[1])
                 lost = self._lost[kind.columns[:, 0], None, :most]
-                found[0, kind.columns, :most] = orthonormal(null[0, kind.columns, :most], lost)
+                found[0, kind.columns, :most] = orthonormal(null[0, kind.columns, :most], lost, by_rows=by_rows)
             return found
 
         null, slip = refine_null_space(self._vectors[None], system.scale[p, None], by_clusters, correction, exact=True)

@@ -1,4 +1,4 @@
-"""Orthonormal bases of the null space of the unscaled matrix: made accurate, and kept sparse where they are.
+"""The null space of the unscaled matrix: an orthonormal basis of it, made accurate, and kept sparse where it is.
 
     A D^-1 Z = 0:    Z -= A^+ A Z, three times;    D^-1 Z, made orthonormal, times D is the next Z
 
@@ -23,7 +23,7 @@ from .system import EPS
 def refine_null_space(
     Z: Tensor,
     scale: Tensor,
-    orthonormal: Callable[[Tensor], Tensor],
+    orthonormal: Callable[..., Tensor],
     correction: Callable[[Pair | Single], Tensor],
     *,
     exact: bool,
@@ -33,7 +33,7 @@ def refine_null_space(
     Args:
         Z: approximate null vectors of the scaled matrix, zeros where there are fewer.
         scale: D (P, n, 1).
-        orthonormal: of vectors like Z.
+        orthonormal: of vectors like Z, and `by_rows`, as the function of that name.
         correction: A^+ A Z.
         exact: carry Z as a pair.
     """
@@ -45,7 +45,9 @@ def refine_null_space(
             moved = correction(whole)
             whole = whole.plus(-moved)
         null = whole.high / scale
-    null = orthonormal(null)
+    # Reflections would leave errors as large as a whole column of `null` in each of its rows, which are tiny in columns
+    # of A of large norm. The factor R is nearly one by now, and a solution with it has errors of each row's own size.
+    null = orthonormal(null, by_rows=True)
     slip = moved / scale + EPS * null * noise(null)
     if exact:  # exact products cut slices of Z off there, whatever D^-1 makes of what is lost
         cut = EPS_EXTENDED * (null * scale).abs().amax(1, keepdim=True) / scale
@@ -53,10 +55,62 @@ def refine_null_space(
     return null, slip
 
 
-def orthonormal(null: Tensor, lost: Tensor) -> Tensor:
-    """An orthonormal basis of the columns `lost` (..., 1, q) of `null` (..., n, q); the others are zeros."""
+def orthonormal(null: Tensor, lost: Tensor, *, by_rows: bool = False) -> Tensor:
+    """An orthonormal basis of the columns `lost` (..., 1, q) of `null` (..., n, q); the others are zeros.
+
+    `by_rows`: with errors in proportion to each row, for columns that are nearly orthonormal.
+    """
     null = null / torch.where(lost, torch.linalg.vector_norm(null, dim=-2, keepdim=True), 1.0)
-    return torch.where(lost, torch.linalg.qr(null).Q, 0.0)  # QR makes up directions for the columns of zeros
+    Q, R = torch.linalg.qr(null)
+    if by_rows:
+        one = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        Q = torch.linalg.solve_triangular(torch.where(lost | lost.mT, R, one), null, upper=True, left=False)
+    return torch.where(lost, Q, 0.0)  # QR makes up directions for the columns of zeros
+
+
+class NullSpace:
+    """The null space of the unscaled matrices of a batch, as what solvers need of it."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """The part of x (P, n, k) in the row space."""
+        raise NotImplementedError
+
+    def outside(self, x: Tensor) -> Tensor:
+        """The part of x in the null space."""
+        raise NotImplementedError
+
+    def errors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates of the errors of `project` (in the row space, in the null space)."""
+        raise NotImplementedError
+
+    def basis(self, scale: Tensor) -> Tensor | SparseVectors:
+        """A basis of the null space of the matrix with columns scaled by D = `scale` (P, n, q), or zeros behind it."""
+        raise NotImplementedError
+
+
+class NullVectors(NullSpace):
+    """By an orthonormal basis Z (P, n, q), zeros where a matrix has fewer vectors, and an estimate of its errors."""
+
+    def __init__(self, Z: Tensor | SparseVectors, slip: Tensor | SparseVectors, empty: Tensor):
+        self.Z, self.slip, self.empty = Z, slip, empty[:, :, None]
+
+    def project(self, x: Tensor) -> Tensor:
+        """The part of x (P, n, k) in the row space."""
+        return torch.where(self.empty, 0.0, x - self.outside(x))
+
+    def outside(self, x: Tensor) -> Tensor:
+        """The part of x in the null space."""
+        return self.Z @ (self.Z.mH @ x)
+
+    def errors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """An error dZ of Z moves x - Z Z^H x by dZ Z^H x and Z dZ^H x."""
+        lost = self.Z.mH @ x
+        inside = self.slip @ lost
+        return inside + EPS * noise(inside) * (self.Z.abs() @ lost.abs()), self.Z @ (self.slip.mH @ x)
+
+    def basis(self, scale: Tensor) -> Tensor | SparseVectors:
+        """D Z, or the sparse Z itself."""
+        return self.Z if isinstance(self.Z, SparseVectors) else scale * self.Z
 
 
 class SparseVectors:

@@ -74,6 +74,7 @@ class System:
         self.empty, self.frobenius = self.scaling.empty, self.scaling.frobenius
         self.weight = self.scale.amin(1, keepdim=True) / self.scale  # D^-1 in units of its largest entry: at most 1
         self.A = self.weighed.scaled(self.scale)
+        self.tolerance_given = tolerance is not None
         self.tolerance = tolerance or tolerance_of(max(precision, self.A.unit), operator.height, operator.n)
         self.damp = None if damp is None else damp[:, :, None] / self.scale  # d D^-1
         self.d2 = None if self.damp is None else self.damp.square()
