@@ -200,11 +200,13 @@ def _merged(plain: Refined, which: Tensor, r: Pair, y: Pair, found: Errors, spen
 def _unweighed(system: System, correct: Correct) -> Correct:
     """Solves for f_1 and e_r of the system with weights, by `correct` for W^(1/2) f_1 and W^(1/2) A.
 
-    e_r = f_1 - A e_y is computed anew, since e_r of a row of weight zero is not to be had from W^(1/2) e_r.
+    e_r = f_1 - A e_y is computed anew where a weight is small: of a row without weight W^(1/2) e_r tells nothing of it.
     """
 
     def corrected(b: Tensor | None, c: Tensor) -> Run:
         run = correct(None if b is None else system.weigh(b), c)
+        if system.even:
+            return run._replace(r=run.r.div_(system.root[:, :, None]))
         reached = system.plain.matmul(run.y)
         return run._replace(r=reached.neg_() if b is None else torch.sub(b, reached, out=reached))
 

@@ -20,6 +20,8 @@ from ..sparse.numerics import EPS, ldexp, noise
 from .exact_residuals import ExactResiduals
 from .scaling import Scaling
 
+_EVEN = 1e-3  # ratio of roots of weights, down to which dividing by one costs three digits at most
+
 
 class Weighting(NamedTuple):
     """W (P, m), at most 4, in units of 4^half, half (P, 1), and T (P, m), at most 1, or None for ones.
@@ -98,6 +100,12 @@ class System:
     def plain(self) -> Products:
         """A itself, columns scaled, where `A` has weights in it."""
         return self.A if self.weights is None else self.unscaled.scaled(self.scale)
+
+    @lazy
+    def even(self) -> bool:
+        """Whether weights are of about one size, so that W^(1/2) r may be divided by W^(1/2)."""
+        largest = self.A.largest(self.root[:, :, None])
+        return bool(self.A.everywhere((self.root > _EVEN * largest).all()))
 
     def weigh(self, f: Tensor) -> Tensor:
         """W^(1/2) f"""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..torch_func.primitive import Primitive, define, differentiate, extent, join_matrices, split_matrices
 from ..torch_func.tracing import in_graph
+from .numerics import at
 
 
 def _take_kernel(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index.expand(len(values), -1))
+    return at(values, index)
 
 
 def _place_kernel(values: Tensor, index: Tensor, size: int) -> Tensor:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .numerics import at
 from .pattern import SparsePattern
 
 SMALL = 100_000  # multiplications up to which one thread has done a product before two of torch's have begun it
@@ -194,7 +195,7 @@ def _pairs(A: SparsePattern, B: SparsePattern) -> int:
 def _by_rows(pattern: SparsePattern, values: Tensor) -> Tensor:
     """Values (P, nnz) row by row."""
     order = pattern.rows.order
-    return values if order is None else values.gather(1, order.expand(len(values), -1))
+    return values if order is None else at(values, order)
 
 
 class Iteration:

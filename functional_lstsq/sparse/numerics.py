@@ -20,6 +20,11 @@ def ldexp(t: Tensor, exponents: Tensor) -> Tensor:
     return t if torch.equal(near, exponents) else ldexp(t, (exponents - near).clamp(-2042, 2042))
 
 
+def at(t: Tensor, places: Tensor) -> Tensor:
+    """t[:, places] of t (P, n), in less than half of the time that a gather takes where P is 1."""
+    return t[0].index_select(0, places)[None] if len(t) == 1 else t.gather(1, places.expand(len(t), -1))
+
+
 def noise(like: Tensor, seed: int = 0) -> Tensor:
     """Random reals of either sign, sizes from 1/2 to 3/2, the same ones every time for one seed.
 

@@ -13,6 +13,7 @@ from . import dense_kernels, kernels
 from .base import Products, dot, norm
 from .exact_products import ExactProducts
 from .lazy import lazy
+from .numerics import at
 from .pattern import SparsePattern
 
 with warnings.catch_warnings():  # torch says once per process that CSR tensors are in beta; we know what we use of them
@@ -189,11 +190,11 @@ class Operator(Products):
         return ((self.values != 0) & (self._divided(scale) == 0)).any(1, keepdim=True)
 
     def _divided(self, scale: Tensor) -> Tensor:
-        return self.values / scale[:, :, 0].gather(1, self.pattern.indices[1].expand(self.copies, -1))
+        return self.values / at(scale[:, :, 0], self.pattern.indices[1])
 
     def weighted(self, root: Tensor) -> Operator:
         """W^(1/2) A for `root` = W^(1/2) (P, m)."""
-        return self.with_values(self.values * root.gather(1, self.pattern.indices[0].expand(self.copies, -1)))
+        return self.with_values(self.values * at(root, self.pattern.indices[0]))
 
     def column_sizes(self, damp: Tensor | None) -> tuple[Tensor, Tensor]:
         """(a, s), both (P, n): the columns of [A; diag(damp)] have the norms a sqrt(s)."""
