@@ -22,7 +22,7 @@ from .sparse.matrix import SparseMatrix
 from .sparse.operator import LinearOperator
 from .sparse.precision import convert
 from .sparse.products import sample
-from .torch_func.tracing import beside_graph, concrete, is_traced
+from .torch_func.tracing import beside_graph, concrete, is_traced, is_watched
 
 
 def lstsq(
@@ -215,9 +215,9 @@ _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_so
 
 
 def is_beside(A: Any, robust: Any, bounds: Any = None) -> bool:
-    """Whether Dynamo is tracing what it cannot take."""
+    """Whether Dynamo is tracing what it cannot take, or would try to, function by function."""
     beyond = robust is not None or bounds is not None or isinstance(A, (LinearOperator, ShardedMatrix))
-    return torch.compiler.is_dynamo_compiling() and beyond
+    return beyond and (torch.compiler.is_dynamo_compiling() or is_watched())
 
 
 def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ..linear.bounds import bound_of, pair_of
 from ..linear.pivoting import check_order
 from ..sparse.pattern import SparsePattern
 from ..sparse.precision import convert
-from ..torch_func.tracing import concrete
+from ..torch_func.tracing import concrete, refuse_recording
 from .trees import as_vector
 
 
@@ -22,8 +22,7 @@ def check_asked(
     residual: Any, x0: Any, args: Any, jacobian: Any, max_iterations: Any, name: str, of_start: str
 ) -> None:
     """One clear error for what cannot be a fit."""
-    if torch.compiler.is_compiling():
-        raise TypeError(f"torch.compile cannot take {name}; compile what makes its arguments")
+    refuse_recording(name)
     if not callable(residual):
         raise TypeError(f"residual must be callable, got {residual!r}")
     if not isinstance(x0, Tensor) or x0.layout != torch.strided:

@@ -14,7 +14,7 @@ from ..sparse.matrix import DTYPES, SparseMatrix, single
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
 from ..torch_func.layouts import LAYOUTS
-from ..torch_func.tracing import concrete, is_traced, prepare_compiler, told
+from ..torch_func.tracing import concrete, is_traced, prepare_compiler, refuse_recording, told
 from .factorization import Factorization
 from .settings import Settings, check_solver, stops_early, text_for_graph
 
@@ -214,8 +214,7 @@ def check_numbers(name: str, tensor: Tensor, *, infinite: bool = False) -> None:
 
 def _check_robust(A: Any, b: Any, m: int, n: int, refine: str) -> None:
     """Refuse what a robust fit cannot do, before any work."""
-    if torch.compiler.is_compiling():
-        raise TypeError("torch.compile cannot take robust=; compile what makes the arguments")
+    refuse_recording("robust=")
     if not isinstance(A, SparseMatrix):
         raise TypeError(f"robust needs the entries of A, got {type(A).__name__}")
     if A.dtype.is_complex or b.is_complex():

@@ -11,7 +11,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
@@ -104,6 +110,14 @@ def load_forward_mode() -> None:
         forward_ad._maybe_load_decompositions()
 
 
+def is_watched() -> bool:
+    """Whether Dynamo looks at each function that is called: outside of a graph, which it gave up, within what compiles.
+
+    Not for Dynamo itself to trace.
+    """
+    return get_eval_frame_callback() not in (None, False)
+
+
 def beside_graph(function: Callable[Given, Result], reason: str | None = None) -> Callable[Given, Result]:
     """`function`, run by Python alone where Dynamo is on: a graph ends before it, and a whole graph is refused.
 
@@ -150,6 +164,22 @@ def prepare_compiler() -> int:
     return 0
 
 
+def is_recorded() -> bool:
+    """Whether a tracer such as that of make_fx records what is done."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def refuse_recording(what: str) -> None:
+    """Refuse `what`, whose steps depend on numbers, where they would be recorded before there are any."""
+    if torch.compiler.is_compiling():
+        raise TypeError(f"torch.compile cannot take {what}; compile what makes the arguments")
+    if is_recorded():
+        raise TypeError(
+            f"make_fx and torch.func.linearize cannot record {what}, whose steps depend on numbers; torch.func.jvp and "
+            "vjp give its derivatives"
+        )
+
+
 def concrete(tensor: Tensor) -> Tensor:
     """The plain tensor under every wrapper of torch.func."""
     while is_functorch_wrapped_tensor(tensor):
@@ -161,4 +191,4 @@ def is_traced(tensor: Tensor) -> bool:
     """Whether `tensor` stands for values to come: a compiler or a tracer is recording."""
     if torch.compiler.is_compiling() or type(concrete(tensor)) not in (Tensor, torch.nn.Parameter):
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return is_recorded()
