@@ -195,30 +195,11 @@ def minimum_of(
     on_failure = "raise" if throw else "nan"
     start = x0.detach().to(torch.float64)
     doubled = [double(tensor, "the derivative by args", on_failure) for tensor in tensors]
-    try:
-        function, r = close(lambda x, *t: residual(x, *rebuild(t)), of_function, "args", start, *doubled)
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        raise TypeError(
-            f"{of_function} must take {of_start} and args in double precision, got an error of torch: {error}. Hand "
-            "over in args what is of single precision, or convert it"
-        ) from error
+    function, r = _closed(lambda x, *t: residual(x, *rebuild(t)), of_function, of_start, start, doubled)
     n, what = x0.shape[0], of_function if of_function == "residual" else f"the residual of {of_function}({of_start})"
-    if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
-        got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
-        raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
     m = r.shape[0]
     limits = None if bounds is None else bounds_of(bounds, x0, on_failure)
-    if limits is not None and minimum_norm:
-        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
-    if limits is not None and isinstance(getattr(robust, "scale", None), str):
-        raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
-    if m < n and limits is None:
-        raise ValueError(
-            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
-            f"{of_start[0]}, gives more"
-        )
+    _check_sizes(m, n, limits is not None, minimum_norm, robust, of_start)
     if sigma is None:
         weights = of_residuals("weights", weights, m, x0, on_failure)
     else:
@@ -270,6 +251,45 @@ def minimum_of(
     x, numbers, blur, token, threshold = minimum_with_scale(asked, getattr(robust, "scale", None), begin, *every)
     leaves = (threshold[0], *(leaf[0] for leaf in every[1:]))
     x = (x if within is None else within.finished(x))[0]
+    info = _told(numbers, within)
+    study = Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
+    return Found(x, dtype, info, rebuild(doubled), study)
+
+
+def _closed(
+    residual: Callable[..., Any], of_function: str, of_start: str, start: Tensor, doubled: list[Tensor]
+) -> tuple[Callable, Tensor]:
+    """(`residual` as a function of all that it depends on, what it gives at the start)."""
+    try:
+        function, r = close(residual, of_function, "args", start, *doubled)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise TypeError(
+            f"{of_function} must take {of_start} and args in double precision, got an error of torch: {error}. Hand "
+            "over in args what is of single precision, or convert it"
+        ) from error
+    if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
+        got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
+        raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
+    return function, r
+
+
+def _check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, of_start: str) -> None:
+    """Refuse a fit of m numbers to n unknowns that has no unique minimum, and what bounds do not go with."""
+    if bounded and minimum_norm:
+        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
+    if bounded and isinstance(getattr(robust, "scale", None), str):
+        raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
+    if m < n and not bounded:
+        raise ValueError(
+            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
+            f"{of_start[0]}, gives more"
+        )
+
+
+def _told(numbers: Tensor, within: OnSet | None) -> Any:
+    """What users are told, of the numbers (fields, 1) of a `FitReport`."""
     report = FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
     info: Any = FitInfo(
         status_code=report.status.to(torch.int64),
@@ -280,9 +300,8 @@ def minimum_of(
         condition=report.condition,
         cost=report.cost,
     )
-    if within is not None:
-        found = within.found
-        info = info._replace(iterations=info.iterations + found.iterations[0].to(torch.int64))
-        info = BoundedInfo(info, found.active[0].to(torch.int64), found.multipliers[0], found.weak[0] != 0)
-    study = Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
-    return Found(x, dtype, info, rebuild(doubled), study)
+    if within is None:
+        return info
+    found = within.found
+    info = info._replace(iterations=info.iterations + found.iterations[0].to(torch.int64))
+    return BoundedInfo(info, found.active[0].to(torch.int64), found.multipliers[0], found.weak[0] != 0)

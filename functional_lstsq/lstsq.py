@@ -55,8 +55,9 @@ def lstsq(
         weights: (m,) non-negative real tensor, in units of 1 / variance of b; None for ones. A row of weight 0 is left
             out, and has an ordinary derivative by its weight. A row of infinite weight is a constraint, an equation
             that is met exactly; A needs full rank only together with these, and they must be linearly independent.
-            (Of a wide A with a damping for all unknowns, or none, a derivative by a weight of 0 is NaN; without
-            damping a wide A that loses a row has no full rank, and weights are finite.)
+            (Of a wide A without damping a derivative by a weight of 0 is NaN, one that loses a row has no full rank,
+            and weights are finite. In a compiled graph, or with a damping below 1e-6 of the largest entry of A, one for
+            all, a wide A has none by a weight of 0.)
         bounds: (lower, upper), with x between them: each a number, which may be infinite, or a real tensor of shape
             (), (n,) or, for b (m, k), (n, k), of which x has derivatives too. Equal ones pin an unknown, with the
             derivative by the one that it is pressed against. For a real SparseMatrix, or sparse tensor; a wide one too,

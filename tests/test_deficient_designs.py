@@ -236,3 +236,25 @@ def test_a_direction_that_is_no_gauge_is_refused():
 def test_without_full_rank_the_advice_is_to_take_a_gauge():
     with pytest.raises(fl.RankDeficientError, match="rank_deficient='minimum_norm' where the fit has a gauge"):
         fl.gauss_newton(lambda x, d: lengths(x) - d, START, (MEASURED,))
+
+
+@pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct()])
+def test_a_row_without_weight_has_the_residual_of_the_solution_of_least_norm(solver):
+    """It may see what no other row does, and what is projected off x."""
+    A = torch.tensor([[1.0, 1], [1, 2], [1, 2]], dtype=torch.float64)
+    b, weights = torch.tensor([1.0, 2, 3]).double(), torch.tensor([0.0, 1, 1]).double()
+    matrix = fl.SparseMatrix.from_dense(A)
+
+    def residual(values):
+        matrix_of = fl.SparseMatrix(values, matrix.pattern)
+        found = fl.solve(matrix_of, b, weights=weights, rank_deficient="minimum_norm", solver=solver)
+        return found.residual
+
+    x = torch.tensor([0.5, 1.0]).double()
+    torch.testing.assert_close(residual(matrix.values), b - A @ x, rtol=1e-14, atol=0)
+    backward, forward = (transform(residual)(matrix.values) for transform in (torch.func.jacrev, torch.func.jacfwd))
+    want = [[-0.5, -1.0, 0.08, 0.41, 0.02, 0.29]]  # of the row without weight
+    torch.testing.assert_close(backward[:1], torch.tensor(want).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(forward, backward, rtol=1e-12, atol=1e-12)
+    left_out = fl.leave_one_out(matrix, b, weights, rank_deficient="minimum_norm", solver=solver)
+    assert float(left_out[0]) == pytest.approx(-0.5, rel=1e-12)

@@ -211,6 +211,38 @@ def test_zero_damp_has_zero_derivative_and_weights_of_zero_leave_rows_out():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("damp", [0.3, 3.0])
+def test_weights_of_zero_beside_one_damping_of_a_wide_matrix(solver, damp):
+    pattern, values, b = problem(4, 9)
+    weights, d = torch.tensor([0.0, 2.0, 0.0, 0.5]).double(), torch.tensor(damp).double()
+
+    def ours(w, d):
+        return fl.lstsq(fl.SparseMatrix(values, pattern), b, weights=w, damp=d, solver=SOLVERS[solver])
+
+    def want(w, d):
+        A = dense(values, pattern)
+        return torch.linalg.inv(A.T @ (w[:, None] * A) + d.square() * torch.eye(9).double()) @ (A.T @ (w * b))
+
+    close(ours(weights, d), want(weights, d))
+    for k, ((one, other), _) in itertools.product((0, 1), mixes(2)):
+        close(one(ours, k)(weights, d), one(want, k)(weights, d))
+        close(other(one(ours, 0), k)(weights, d), other(one(want, 0), k)(weights, d), 1e-8)
+
+
+def test_a_damping_of_a_wide_matrix_of_low_rank_with_weights_keeps_its_digits():
+    """x = v u^T W b / (|W^(1/2) u|^2 |v|^2 + d^2); d / sqrt(weight), rounded, would leave 5 digits, and then 4."""
+    u, v = torch.tensor([1.0, 1, -1, 2]).double(), torch.tensor([3.0, 2, 3, -1, 1, 1]).double()
+    w, b = torch.tensor([0.3, 2.0, 0.1, 2.0]).double(), torch.tensor([9.0, 1, 9, 2]).double()
+    A = fl.SparseMatrix.from_dense(torch.outer(u, v))
+    d = torch.tensor(0.01, dtype=torch.float64)
+    ours = lambda d: fl.lstsq(A, b, weights=w, damp=d)  # noqa: E731
+    want = lambda d: v * (u * w * b).sum() / ((w * u.square()).sum() * v.square().sum() + d.square())  # noqa: E731
+    for tolerance in (1e-12, 1e-8):  # of the first derivative, and of the second
+        ours, want = jacfwd(ours), jacfwd(want)
+        torch.testing.assert_close(ours(d), want(d), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("condition", [1e2, 1e3, 1e4, 1e5])
 def test_gradient_of_the_sum_of_squared_residuals(solver, condition):
     """2 r and -2 r x^T, well-posed at any condition number; the adjoint has a part that is zero but for rounding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,24 +118,8 @@ def check_fit(
     told = FitReport(*(field[p] for field in report))
     many = len(failed)
     where = f" ({int(failed.sum())} of {many} problems failed; the first: number {p})" if many > 1 else ""
-    if told.status == RANK_DEFICIENT and least_norm:
-        raise RankDeficientError(
-            f"{name} came to a point where the Jacobian has rank {int(told.rank)} of {n}, and the cost changes along "
-            f"its null space all the same{where}: that is no gauge, whose derivatives rank_deficient='minimum_norm' "
-            "gives",
-            "rank_deficient='raise', for which such a minimum may be a strict one",
-            other_start(point),
-        )
     if told.status == RANK_DEFICIENT:
-        known = f"rank {int(told.rank)}" if int(told.rank) >= 0 else f"rank below {n}"
-        cut_off = "; is the residual cut off from them, by detach or item?" if int(told.rank) == 0 else ""
-        raise RankDeficientError(
-            f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there need "
-            f"not be the only one nearby{cut_off}",
-            *([FIT_OF_LEAST_CHANGE] if name in ("gauss_newton", "the robust fit") else []),
-            "remove or fix parameters that do nothing, or nothing of their own",
-            other_start(point),
-        )
+        _refuse_deficient(int(told.rank), name, point, n, where, least_norm=least_norm)
     ended = f"{name} ended after {int(told.iterations)} iterations"
     if told.status == NO_MINIMUM and undefined:
         raise ConvergenceError(
@@ -171,6 +155,27 @@ def check_fit(
         f"{accept:.1e}; condition number of the Jacobian about {told.condition:.1e}, optimality "
         f"{told.optimality:.1e}",
         "rescale or remove parameters that do nearly the same",
+        other_start(point),
+    )
+
+
+def _refuse_deficient(rank: int, name: str, point: str, n: int, where: str, *, least_norm: bool) -> NoReturn:
+    """Raise what a Jacobian without full rank calls for."""
+    if least_norm:
+        raise RankDeficientError(
+            f"{name} came to a point where the Jacobian has rank {rank} of {n}, and the cost changes along "
+            f"its null space all the same{where}: that is no gauge, whose derivatives rank_deficient='minimum_norm' "
+            "gives",
+            "rank_deficient='raise', for which such a minimum may be a strict one",
+            other_start(point),
+        )
+    known = f"rank {rank}" if rank >= 0 else f"rank below {n}"
+    cut_off = "; is the residual cut off from them, by detach or item?" if rank == 0 else ""
+    raise RankDeficientError(
+        f"{name} came to a point where the Jacobian has {known}, not full rank {n}{where}: a minimum there need "
+        f"not be the only one nearby{cut_off}",
+        *([FIT_OF_LEAST_CHANGE] if name in ("gauss_newton", "the robust fit") else []),
+        "remove or fix parameters that do nothing, or nothing of their own",
         other_start(point),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -20,6 +20,10 @@ from .settings import Settings, check_solver, stops_early, text_for_graph
 
 # Above it a truncated problem, whose solution is none of A's normal equations, would have to take the place of A x = b.
 _LARGEST_TOLERANCE = 1e-6
+
+
+_FEW = 128  # columns with which a tall system takes no time to speak of
+_LEAST_DAMPING = 1e-6  # in units of the largest entry of A, which bounds the condition number of the tall system
 
 
 class Problem(NamedTuple):
@@ -65,13 +69,7 @@ def pose(
         A.require_alone(rank_deficient, damp=damp, robust=robust, bounds=bounds, **others)
         A, damp, weights, solver, rank_deficient, rank_tolerance, kept = A.given
     if not isinstance(A, (SparseMatrix, LinearOperator)):
-        got = type(A).__name__
-        if isinstance(A, Tensor):
-            got = f"a dense tensor of shape {tuple(A.shape)}" if A.layout == torch.strided else f"layout {A.layout}"
-        raise TypeError(
-            f"A must be a SparseMatrix, a LinearOperator or a torch sparse COO, CSR or CSC tensor, got {got}; "
-            "A.to_sparse() makes one of a dense tensor, SparseMatrix.from_scipy(A) of a SciPy matrix"
-        )
+        _refuse_matrix(A)
     coarsest = torch.float64  # of what products of an operator work in
     if isinstance(A, LinearOperator):
         solver = _of_operator(solver, rank_deficient, refine)
@@ -82,51 +80,14 @@ def pose(
     else:
         single(A, "A")
         numbers, (m, n), of_A = [A.values], A.shape, A.dtype
-    if not isinstance(b, Tensor) or b.layout != torch.strided:
-        got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
-        hint = "; torch.from_numpy(b) or b.to_dense() makes one"
-        raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}{hint}")
-    if b.ndim not in (1, 2) or b.shape[0] != m:
-        hint = "; for a batch of right-hand sides use torch.vmap, or columns" if b.ndim > 2 else ""
-        raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {(m, n)}, got {tuple(b.shape)}{hint}")
-    if b.device != A.device:
-        raise ValueError(f"b is on {b.device}, A is on {A.device}; A.to(device) moves values and pattern")
-    if b.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(b.device.type):
-        b = b.to(torch.float32)  # what a layer gives there, and torch.linalg takes so
+    b = _right_hand_side(b, A, (m, n), of_A)
     dtype = torch.promote_types(of_A, b.dtype)
-    coarse = (b.is_floating_point() or b.is_complex()) and b.dtype not in DTYPES
-    if of_A not in DTYPES or coarse:
-        raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {of_A} and {b.dtype}")
-    real = torch.float64
-    if damp is not None:
-        real_tensor = isinstance(damp, Tensor) and not damp.is_complex()
-        if real_tensor and damp.ndim == 1 and damp.shape != (n,):
-            raise ValueError(f"damp must be a number or of shape ({n},), one for each unknown, got {tuple(damp.shape)}")
-        if real_tensor and damp.ndim <= 1:
-            damp = convert(damp.to(A.device), real, "the derivative by damp", on_failure)
-        elif isinstance(damp, (int, float)) and not isinstance(damp, bool):
-            damp = torch.zeros((), dtype=real, device=A.device) + damp  # torch.full is compiled anew for each number
-        else:
-            got = f"shape {tuple(damp.shape)}, {damp.dtype}" if isinstance(damp, Tensor) else repr(damp)
-            raise TypeError(f"damp must be a non-negative number or a real tensor of shape () or ({n},), got {got}")
-    if weights is not None:
-        if not isinstance(weights, Tensor) or weights.is_complex():
-            got = str(weights.dtype) if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"weights must be a real tensor of shape ({m},), got {got}")
-        if weights.shape != (m,):
-            raise ValueError(f"weights must have shape ({m},), one for each row of A, got {tuple(weights.shape)}")
-        weights = convert(weights.to(A.device), real, "the derivative by weights", on_failure)
+    damp, weights = _damping(damp, n, A.device, on_failure), _weights(weights, m, A.device, on_failure)
     check_solver(solver, "" if robust is None else "robust")
     stops = stops_early(solver)
     check_rank(rank_deficient, rank_tolerance)
     if x0 is not None:
-        wanted = (n, *b.shape[1:])
-        if not isinstance(x0, Tensor) or x0.layout != torch.strided:
-            raise TypeError(f"x0 must be a dense tensor of shape {wanted}, got {type(x0).__name__}")
-        if x0.shape != wanted:
-            raise ValueError(f"x0 must have the shape of x, {wanted}, got {tuple(x0.shape)}")
-        if x0.device != A.device or torch.promote_types(x0.dtype, dtype) != dtype:
-            raise ValueError(f"x0 must be {dtype} on {A.device}, got {x0.dtype} on {x0.device}")
+        _check_start(x0, (n, *b.shape[1:]), dtype, A.device)
     for tensor in numbers:
         check_numbers("A", tensor)
     check_numbers("b", b)
@@ -141,6 +102,8 @@ def pose(
         raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
     if stops and refine == "extended":
         raise ValueError(f"refine='extended' needs a solution, and CGLS(steps={solver.steps}) stops short of it")
+    if sparse and m < n and _is_better_tall(A, damp, weights):
+        damp = damp.expand(n)
     wide = is_wide((m, n), damp) and not stops
     make: Any = text_for_graph if torch.compiler.is_compiling() else Settings
     settings = make(
@@ -164,6 +127,88 @@ def pose(
         A = SparseMatrix(convert(A.values, double, "the derivative by A", on_failure), A.pattern)
     x0, b = None if x0 is None else x0.detach().to(double), convert(b, double, "the derivative by b", on_failure)
     return Problem(A, (m, n), b, damp, weights, settings, dtype, x0, on_failure, stops, kept)
+
+
+def _refuse_matrix(A: Any) -> NoReturn:
+    got = type(A).__name__
+    if isinstance(A, Tensor):
+        got = f"a dense tensor of shape {tuple(A.shape)}" if A.layout == torch.strided else f"layout {A.layout}"
+    raise TypeError(
+        f"A must be a SparseMatrix, a LinearOperator or a torch sparse COO, CSR or CSC tensor, got {got}; "
+        "A.to_sparse() makes one of a dense tensor, SparseMatrix.from_scipy(A) of a SciPy matrix"
+    )
+
+
+def _right_hand_side(b: Any, A: Any, shape: tuple[int, int], of_A: torch.dtype) -> Tensor:
+    """b, if it is one for an A of this shape whose values are of the dtype `of_A`."""
+    m, n = shape
+    if not isinstance(b, Tensor) or b.layout != torch.strided:
+        got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
+        hint = "; torch.from_numpy(b) or b.to_dense() makes one"
+        raise TypeError(f"b must be a dense tensor of shape ({m},) or ({m}, k), got {got}{hint}")
+    if b.ndim not in (1, 2) or b.shape[0] != m:
+        hint = "; for a batch of right-hand sides use torch.vmap, or columns" if b.ndim > 2 else ""
+        raise ValueError(f"b must have shape ({m},) or ({m}, k) for A of shape {(m, n)}, got {tuple(b.shape)}{hint}")
+    if b.device != A.device:
+        raise ValueError(f"b is on {b.device}, A is on {A.device}; A.to(device) moves values and pattern")
+    if b.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(b.device.type):
+        b = b.to(torch.float32)  # what a layer gives there, and torch.linalg takes so
+    coarse = (b.is_floating_point() or b.is_complex()) and b.dtype not in DTYPES
+    if of_A not in DTYPES or coarse:
+        raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {of_A} and {b.dtype}")
+    return b
+
+
+def _damping(damp: Any, n: int, device: torch.device, on_failure: str) -> Tensor | None:
+    """damp, a number or one for each of n unknowns, in double precision."""
+    if damp is None:
+        return None
+    real_tensor = isinstance(damp, Tensor) and not damp.is_complex()
+    if real_tensor and damp.ndim == 1 and damp.shape != (n,):
+        raise ValueError(f"damp must be a number or of shape ({n},), one for each unknown, got {tuple(damp.shape)}")
+    if real_tensor and damp.ndim <= 1:
+        return convert(damp.to(device), torch.float64, "the derivative by damp", on_failure)
+    if isinstance(damp, (int, float)) and not isinstance(damp, bool):
+        # torch.full is compiled anew for each number.
+        return torch.zeros((), dtype=torch.float64, device=device) + damp
+    got = f"shape {tuple(damp.shape)}, {damp.dtype}" if isinstance(damp, Tensor) else repr(damp)
+    raise TypeError(f"damp must be a non-negative number or a real tensor of shape () or ({n},), got {got}")
+
+
+def _weights(weights: Any, m: int, device: torch.device, on_failure: str) -> Tensor | None:
+    """weights, one for each of m rows, in double precision."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        got = str(weights.dtype) if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a real tensor of shape ({m},), got {got}")
+    if weights.shape != (m,):
+        raise ValueError(f"weights must have shape ({m},), one for each row of A, got {tuple(weights.shape)}")
+    return convert(weights.to(device), torch.float64, "the derivative by weights", on_failure)
+
+
+def _is_better_tall(A: SparseMatrix, damp: Tensor | None, weights: Tensor | None) -> bool:
+    """Whether a wide A with weights and one damping is better solved as the tall [A; d] than by A^H.
+
+    There each row has a damping d / sqrt(weight), rounded, and infinite where a weight is zero, by which it has no
+    derivative. It takes as much less time as A is wide, and a small damping has no effect on its condition number.
+    """
+    if damp is None or damp.ndim or weights is None or not A.pattern.nnz:
+        return False
+    if is_traced(damp) or is_traced(weights) or is_traced(A.values):
+        return False
+    least = _LEAST_DAMPING * concrete(A.values).abs().max()
+    small = A.shape[1] <= _FEW or bool((concrete(weights) == 0).any())
+    return small and bool((concrete(damp) > least).all())
+
+
+def _check_start(x0: Any, wanted: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(x0, Tensor) or x0.layout != torch.strided:
+        raise TypeError(f"x0 must be a dense tensor of shape {wanted}, got {type(x0).__name__}")
+    if x0.shape != wanted:
+        raise ValueError(f"x0 must have the shape of x, {wanted}, got {tuple(x0.shape)}")
+    if x0.device != device or torch.promote_types(x0.dtype, dtype) != dtype:
+        raise ValueError(f"x0 must be {dtype} on {device}, got {x0.dtype} on {x0.device}")
 
 
 def _of_operator(solver: Any, rank_deficient: str, refine: str) -> CGLS:

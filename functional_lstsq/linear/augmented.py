@@ -148,7 +148,11 @@ class Solve(OfSystem):
         if beyond is not None:
             q = cls.apply(static, values, weights, damp, None, None, beyond, None, token, indices, None)[:3]
             slots = (None, None, beyond)
-            x_dot = x_dot + _outside(static, values, weights, damp, slots, q, report, token, indices)
+            further = _outside(static, values, weights, damp, slots, q, report, token, indices)
+            x_dot = x_dot + further
+            if weights is not None:  # of A further nothing is left but in rows without weight
+                seen = static.multiply(values, further, indices)
+                r_dot = r_dot - torch.where((weights == 0)[:, :, None], seen, 0.0)
         return r_dot, s_dot, x_dot, None, None
 
 

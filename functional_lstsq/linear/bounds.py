@@ -22,7 +22,7 @@ from ..sparse.matrix import SparseMatrix
 from ..sparse.precision import convert
 from ..sparse.products import multiply
 from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
-from ..torch_func.tracing import concrete, is_traced, refuse_recording
+from ..torch_func.tracing import concrete, is_traced
 from .active_set import ActiveSet, LeftOfShift
 from .arguments import Problem
 from .augmented import solve_augmented
@@ -96,7 +96,8 @@ class Posed(NamedTuple):
 def pose_bounds(problem: Problem, bounds: Any, robust: Any) -> Posed:
     """Check what is asked for beside a checked problem: one clear error for each thing that is refused."""
     A, (_, n), b = problem.A, problem.shape, problem.b
-    refuse_recording("bounds=")
+    if torch.compiler.is_compiling():
+        raise TypeError("torch.compile cannot take bounds=; compile what makes the arguments")
     if not isinstance(A, SparseMatrix):
         raise TypeError("bounds need the entries of A: a SparseMatrix, or a torch sparse tensor, not a LinearOperator")
     if A.dtype.is_complex or b.is_complex():

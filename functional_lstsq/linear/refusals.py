@@ -101,6 +101,14 @@ def require_finite(derivative: bool, **numbers: tuple[Tensor | None, ...]) -> No
         raise ValueError(f"{name} of the augmented system holds NaN or infinity (or its derivative does)")
 
 
+def require_not_negative(**numbers: Tensor | None) -> None:
+    """Refuse what is negative, or NaN."""
+    for name, tensor in numbers.items():
+        if tensor is not None and bool((~(tensor >= 0)).any()):
+            what = "be NaN" if bool(tensor.isnan().any()) else f"be negative, got {float(tensor.min()):g}"
+            raise ValueError(f"{name} must not {what}")
+
+
 def refuse_derivative(wanted: Settings) -> None:
     """Refuse the derivative of an iterate that is not the solution: no linear system defines it."""
     raise ConvergenceError(
@@ -144,15 +152,11 @@ def require_solved(
     method, status = method_of(int(figures["method"])), int(figures["status"])
     what, errors = "rows" if wanted.wide else "columns", (figures["residual_error"], figures["solution_error"])
     if status == RANK_DEFICIENT:
+        by = BY_FACTOR if wanted.minimum_norm and not by_products else LEAST_NORM
+        by = LEAST_NORM_BY_FACTOR if by == LEAST_NORM and method == "cgls" and not by_products else by
+        first = [*([SCALE_ROWS] if uneven(p) else []), by]
         known = f"rank {int(figures['rank'])}" if figures["rank"] >= 0 else f"rank below {full}"
-        first = [LEAST_NORM_BY_FACTOR if method == "cgls" else LEAST_NORM]
-        if by_products:
-            first = [LEAST_NORM]
-        elif wanted.minimum_norm:
-            first = [BY_FACTOR]
         involved = dependent(p)
-        if uneven(p):
-            first = [SCALE_ROWS, *first]
         raise RankDeficientError(
             f"A (with its weights) has {known}, not full rank {full}, by method {method}{where}: the solution is not "
             f"unique{_named(involved, wanted.wide)}",

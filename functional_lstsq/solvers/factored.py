@@ -166,7 +166,12 @@ class Factored(Factors):
         moved = self.apply(blur)
         of_r = system.A.norm(system.A.matmul(moved)) + EPS * system.row_norm(r)
         errors = errors._replace(x=errors.x + of_x, r=errors.r + of_r)
-        return Refined(r, x * system.scale, errors, iterations)
+        y = x * system.scale
+        if system.weights is not None and bool((unseen := system.weights == 0).any()):
+            # Rows without weight see of A what has no effect on the others, and was projected off x.
+            left = system.exact_residuals(b, torch.zeros_like(y), Pair.of(torch.zeros_like(r)), Pair.of(y))[0]
+            r = torch.where(unseen[:, :, None], left, r)
+        return Refined(r, y, errors, iterations)
 
     def _of_least_norm(self, b: Tensor, r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x, how far the last correction moved it) of A x = b - r, in the row space as the x that this begins with.

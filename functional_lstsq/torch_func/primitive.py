@@ -7,6 +7,7 @@ and mix follow by recursion.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -97,6 +98,9 @@ def _transformed(apply: Callable, *args: Any) -> Any:
         _recorded.yes = before
 
 
+_ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
 class Primitive(torch.autograd.Function):
     """`apply(static, *tensors)`; a subclass gives `forward`, `vjp_rule`, `jvp_rule` and `vmap`.
 
@@ -113,6 +117,9 @@ class Primitive(torch.autograd.Function):
         super().__init_subclass__()
         cls.backward = staticmethod(beside_graph(partial(cls._backward)))  # type: ignore[assignment]
         cls.jvp = staticmethod(beside_graph(partial(cls._jvp)))  # type: ignore[assignment]
+        if "forward" in vars(cls):
+            # torch looks for defaults of its parameters at each call, for a twentieth of what a small gradient takes.
+            cls.forward.__func__.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
