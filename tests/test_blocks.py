@@ -6,7 +6,7 @@ from helpers import SOLVERS, close, problem
 from torch.func import grad, vmap
 
 import functional_lstsq as fl
-from functional_lstsq.linear import kernel
+from functional_lstsq.linear import blocks as rooms
 
 COLUMNS = 11  # in blocks of four: two whole ones, and a rest of three
 SHAPES = {"tall": (9, 5), "wide": (9, 14)}
@@ -22,16 +22,16 @@ OPTIONS = {
 @pytest.fixture
 def blocks(monkeypatch):
     """The columns of each block that was solved for, four at most where nothing else is said."""
-    widths, solve = [], kernel._solve_block
+    widths, solve = [], rooms._solve_block
 
     def counted(system, factors, b, *rest):
         widths.append(b.shape[2])
         return solve(system, factors, b, *rest)
 
     for name in ("_BLOCK", "_FACTOR_BLOCK"):
-        monkeypatch.setattr(kernel, name, 1)
-    monkeypatch.setattr(kernel, "_FACTOR_COLUMNS", 4)
-    monkeypatch.setattr(kernel, "_solve_block", counted)
+        monkeypatch.setattr(rooms, name, 1)
+    monkeypatch.setattr(rooms, "_FACTOR_COLUMNS", 4)
+    monkeypatch.setattr(rooms, "_solve_block", counted)
     return widths
 
 
@@ -156,9 +156,9 @@ def test_a_column_that_fails_in_a_later_block_is_named(column, blocks):
 @pytest.mark.parametrize("name", ["dense", "direct"])
 def test_blocks_of_their_real_size(name, monkeypatch):
     """More than 2^21 numbers: 33 columns of 2^16 rows and more, in blocks of 32 at most."""
-    widths, solve = [], kernel._solve_block
+    widths, solve = [], rooms._solve_block
     monkeypatch.setattr(
-        kernel, "_solve_block", lambda s, f, b, *rest: widths.append(b.shape[2]) or solve(s, f, b, *rest)
+        rooms, "_solve_block", lambda s, f, b, *rest: widths.append(b.shape[2]) or solve(s, f, b, *rest)
     )
     m, n, columns = 2**16, 4 if name == "dense" else 2000, 33
     row = torch.arange(m)
