@@ -306,3 +306,10 @@ def test_what_cannot_be_infinite_is_refused(A, options, words):
 def test_an_operator_takes_a_prior_of_each_unknown():
     damp, want = torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64)
     torch.testing.assert_close(fl.lstsq(OPERATOR, ONES, damp=damp), want)
+
+
+def test_one_heavy_row_beside_few_others_of_very_different_weights():
+    """What it is capped at must be more than the largest of the others, not than the usual one."""
+    A = fl.SparseMatrix.from_dense(torch.tensor([[1.0], [1.0], [1e-8]], dtype=torch.float64))
+    b, weights = torch.ones(3, dtype=torch.float64), torch.tensor([1e8, 1e-5, 1e-8], dtype=torch.float64)
+    assert abs(float(fl.lstsq(A, b, weights=weights)[0]) - 1) < 1e-15  # it was 1 + 1e-11

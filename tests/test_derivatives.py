@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import mpmath
 import pytest
 import torch
 from helpers import (
@@ -16,7 +17,7 @@ from helpers import (
     through_pinv,
     with_singular_values,
 )
-from torch.func import grad, jacfwd, jacrev
+from torch.func import grad, jacfwd, jacrev, jvp
 
 import functional_lstsq as fl
 from functional_lstsq.sparse.products import multiply, sample
@@ -240,6 +241,34 @@ def test_a_damping_of_a_wide_matrix_of_low_rank_with_weights_keeps_its_digits():
     for tolerance in (1e-12, 1e-8):  # of the first derivative, and of the second
         ours, want = jacfwd(ours), jacfwd(want)
         torch.testing.assert_close(ours(d), want(d), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("damp", [1e-3, 1e-2])
+@pytest.mark.parametrize("transform", [jacrev, jacfwd])
+def test_mixed_derivatives_of_a_damped_matrix_of_low_rank(damp, transform):
+    """x = v u^T b / (|u|^2 |v|^2 + d^2) along changes that keep the rank, by t and d; rounding is magnified by d^-3."""
+    u, v, b = ([3, 3, 3], [3, 2, -1], [0.125, 0.75, 1.0])
+    l, c = ([0, 1, 2], [-1, 2, -2])  # noqa: E741
+
+    def exact(t, d):
+        moved, along = ([x * (1 + y * t) for x, y in zip(p, q, strict=True)] for p, q in ((u, l), (v, c)))
+        scale = sum(x * y for x, y in zip(moved, b, strict=True))
+        return [y * scale / (sum(x * x for x in moved) * sum(x * x for x in along) + d * d) for y in along]
+
+    with mpmath.workdps(60):
+        want = [float(mpmath.diff(lambda t, d: exact(t, d)[j], (0, mpmath.mpf(damp)), (1, 1))) for j in range(3)]  # noqa: B023
+    A = torch.outer(torch.tensor(u), torch.tensor(v)).double()
+    dA = A * (torch.tensor(l)[:, None] + torch.tensor(c)).double()
+    right, d = torch.tensor(b, dtype=torch.float64), torch.tensor(damp, dtype=torch.float64)
+
+    def tangent(d):
+        def along(values):
+            return fl.lstsq(fl.SparseMatrix(values, full_pattern(3, 3)), right, damp=d)
+
+        return jvp(along, (A.reshape(-1),), (dA.reshape(-1),))[1]
+
+    want = torch.tensor(want, dtype=torch.float64)
+    assert float((transform(tangent)(d) - want).norm() / want.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -57,6 +57,9 @@ class _Static(Static):
             return self.total(multiply(values, X, indices, self.m, self.n, **how))
         return multiply(values, self.shared(X), indices, self.m, self.n, **how)
 
+    def left_out(self, values: Tensor, X: Tensor, product: Tensor, indices: Tensor) -> Tensor:
+        return torch.zeros_like(product)
+
     def sample(self, U: Tensor, W: Tensor, indices: Tensor) -> Tensor:
         return sample(U, self.shared(W), indices, self.m, self.n)
 
@@ -148,8 +151,9 @@ def solve_sharded(
     def checked() -> tuple[tuple[Problem, Settings], Mapping[str, object]]:
         _refuse(A, damp, robust, solver, rank_deficient, bounds)
         given = pose(
-            A.rows, b, damp, weights, None, solver, "raise", refine, x0, rank_tolerance=rank_tolerance, throw=throw
-        )
+            A.rows, b, damp, weights, None, solver, "raise", refine, x0,
+            rank_tolerance=rank_tolerance, throw=throw, part=True,
+        )  # fmt: skip
         if given.stops:
             raise ValueError(f"a sharded matrix needs solutions, and solver={solver!r} stops short of them")
         for name, t in (("damp", given.damp), ("weights", given.weights)):

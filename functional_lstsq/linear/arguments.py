@@ -56,9 +56,14 @@ def is_wide(shape: tuple[int, int], damp: Tensor | None) -> bool:
 
 def pose(
     A, b, damp, weights, robust, solver, rank_deficient, refine, x0,
-    *, rank_tolerance: Any = None, throw: bool = True, bounds: Any = None, of: str | None = None,
+    *, rank_tolerance: Any = None, throw: bool = True, bounds: Any = None, of: str | None = None, part: bool = False,
 ) -> Problem:  # fmt: skip
-    """Check every argument before any work; one clear error each. `of` is as in `Settings`."""
+    """Check every argument before any work; one clear error each.
+
+    Args:
+        of: as in `Settings`.
+        part: A has some of the rows of a matrix.
+    """
     on_failure, kept = "raise" if throw else "nan", None
     if torch.compiler.is_compiling():
         prepare_compiler()
@@ -102,7 +107,7 @@ def pose(
         raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
     if stops and refine == "extended":
         raise ValueError(f"refine='extended' needs a solution, and CGLS(steps={solver.steps}) stops short of it")
-    if sparse and m < n and _is_better_tall(A, damp, weights):
+    if sparse and m < n and not part and _is_better_tall(A, damp, weights):
         damp = damp.expand(n)
     wide = is_wide((m, n), damp) and not stops
     make: Any = text_for_graph if torch.compiler.is_compiling() else Settings

@@ -110,7 +110,7 @@ class Solve(OfSystem):
         values_dot, weights_dot, damp_dot, b_dot, e_dot, c_dot, _, _, _, _ = tangents
         token = of_solve(token, new_token)
         static = static.derivative()
-        beyond, whole_s, low_x, unseen = None, multiplier(weights, (r, s)), None, None
+        beyond, whole_s, low_x, unseen, owed = None, multiplier(weights, (r, s)), None, None, None
         if (values_dot is not None or damp_dot is not None) and report.shape[1] and static.height and x.shape[1]:
             low_s, low_x = low_parts(static, values, weights, damp, (b, e, c), (r, s, x), report, token, indices)
         if values_dot is not None:
@@ -119,9 +119,16 @@ class Solve(OfSystem):
                 unseen = Unseen.apply(static, -values_dot, x, indices)
             # Its rounding errors would be as large as |dA| |r| makes them, whatever is left of the sums, and the
             # solve makes them larger by the square of the condition number.
-            c_dot = _minus(c_dot, static.multiply(values_dot, whole_s, indices, adjoint=True, exact=True))
+            product = static.multiply(values_dot, whole_s, indices, adjoint=True, exact=True)
+            c_dot = _minus(c_dot, product)
             if low_x is not None:
-                c_dot = _minus(c_dot, static.multiply(values_dot, low_s, indices, adjoint=True))
+                low = static.multiply(values_dot, low_s, indices, adjoint=True)
+                if damp is None or not may_matter(report):
+                    c_dot = _minus(c_dot, low)
+                else:
+                    # Rounded, the sum would have a part of size eps where A vanishes, which is magnified by d^-2, and
+                    # by d^-3 in a derivative by damp.
+                    owed = -(low + static.left_out(values_dot, whole_s, product, indices))
             if static.settings.minimum_norm:
                 if c is not None:
                     lost = _outside(static, values, weights, damp, (b, e, c), (r, s, x), report, token, indices)
@@ -136,6 +143,9 @@ class Solve(OfSystem):
         dots = torch.zeros_like(r), torch.zeros_like(s), torch.zeros_like(x)
         if b_dot is not None or e_dot is not None or c_dot is not None:
             dots = cls.apply(static, values, weights, damp, b_dot, e_dot, c_dot, None, token, indices, unseen)[:3]
+        if owed is not None:
+            more = cls.apply(static, values, weights, damp, None, None, owed, None, token, indices, None)[:3]
+            dots = tuple(dot + part for dot, part in zip(dots, more, strict=True))
         if damp_dot is not None:
             whole, factor = _along_damp(damp, damp_dot, x, low_x)
             by_x = cls.apply(static, values, weights, damp, None, None, whole, None, token, indices, None)[:3]

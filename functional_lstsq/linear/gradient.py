@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..result import Report
-from ..sparse.products import OfProduct, multiply, sample
+from ..sparse.products import OfProduct, left_out, multiply, sample
 from ..torch_func.primitive import Primitive, beside, extent, join_columns, join_matrices, split_columns, split_matrices
 from ..torch_func.tracing import concrete, is_traced
 from .kernel import LOW, solve_kernel
@@ -48,6 +48,10 @@ class Static:
     def multiply(self, values: Tensor, X: Tensor, indices: Tensor, **how: bool) -> Tensor:
         """A X, or A^H X summed over all rows, as `products.multiply`."""
         return multiply(values, X, indices, self.m, self.n, **how)
+
+    def left_out(self, values: Tensor, X: Tensor, product: Tensor, indices: Tensor) -> Tensor:
+        """What rounding has left out of `product`, A^H X summed over all rows, where that is known; else zeros."""
+        return left_out(values, X, product, indices, self.m, self.n)
 
     def sample(self, U: Tensor, W: Tensor, indices: Tensor) -> Tensor:
         """The entries of U W^H at the stored positions, as `products.sample`."""

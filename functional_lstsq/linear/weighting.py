@@ -21,6 +21,7 @@ from ..sparse.pattern import SparsePattern
 from ..sparse.plain_products import Operator
 
 _CAP = 2.0**27  # of what a row contributes to A^H W A, columns scaled, in units of what others do
+_FEW_LARGE = 2.0**-20  # of the row that contributes most, where most others do less: a cap is 2^7 times that at least
 _DEPENDENT = 2.0**10  # condition number of heavy rows from which they are no longer carried by their multipliers
 _LARGEST = 2.0**16
 _LIGHT = 2.0**-40  # of the largest weight: below it a row is left to the second equation
@@ -46,6 +47,8 @@ def weigh(pattern: SparsePattern, values: Tensor, weights: Tensor) -> Weighting:
     # What rows contribute with the weight `moderate`.
     shares = torch.zeros_like(weights).scatter_add(1, rows, sizes.square())
     usual = torch.where(counted & ~heavy, shares, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(nan=1.0)
+    largest = torch.where(counted & ~heavy, shares, 0.0).amax(1, keepdim=True)
+    usual = torch.maximum(usual, _FEW_LARGE * largest)
     usual = torch.where(usual > 0, usual, 1.0)
     condition = _condition(pattern, sizes * values.sgn(), heavy)
     constraints = weights.isinf()

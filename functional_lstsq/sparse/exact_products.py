@@ -70,6 +70,17 @@ def _leading(x: Tensor, exponents: Tensor, bits: int) -> Tensor:
 
 def multiplied_exactly(A: Products, X: Tensor, *, adjoint: bool) -> Tensor:
     """A X, or A^H X, rounded once."""
+    return _multiplied(A, X, adjoint=adjoint).value
+
+
+def left_of_product(A: Products, X: Tensor, product: Tensor) -> Tensor:
+    """What rounding has left out of `product`, which is A^H X."""
+    high, low = _multiplied(A, X, adjoint=True)
+    return (high - product) + low
+
+
+def _multiplied(A: Products, X: Tensor, *, adjoint: bool) -> Pair:
     of_A, of_X = (torch.frexp(t.abs().amax()).exponent for t in (A.values, X))
     scaled = A.with_values(ldexp(A.values, -of_A))
-    return ldexp(ExactProducts(scaled, adjoint=adjoint)(Pair.of(ldexp(X, -of_X))).value, of_A + of_X)
+    whole = ExactProducts(scaled, adjoint=adjoint)(Pair.of(ldexp(X, -of_X)))
+    return Pair(*(ldexp(part, of_A + of_X) for part in whole))

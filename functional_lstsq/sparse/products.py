@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..torch_func.primitive import (
+    Constant,
     Primitive,
     define,
     differentiate,
@@ -31,7 +32,7 @@ from ..torch_func.primitive import (
 )
 from ..torch_func.tracing import in_graph
 from . import kernels
-from .exact_products import multiplied_exactly
+from .exact_products import left_of_product, multiplied_exactly
 from .pattern import SparsePattern, find_pattern
 from .plain_products import Operator
 
@@ -52,6 +53,12 @@ def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int,
     if not bool((product.abs() < _CANCELLED * terms).any()):
         return product
     return multiplied_exactly(operator, X, adjoint=adjoint)
+
+
+def _left_kernel(values: Tensor, X: Tensor, product: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
+    if not (product.numel() and X.numel() and values.numel() and X.dtype in (torch.float64, torch.complex128)):
+        return torch.zeros_like(product)
+    return left_of_product(Operator(find_pattern(indices, m, n), values), X.resolve_conj(), product.resolve_conj())
 
 
 def _sample_kernel(U: Tensor, W: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
@@ -105,6 +112,13 @@ _multiply = define(
 )
 _sample = define(
     "sample(Tensor U, Tensor W, Tensor indices, SymInt m, SymInt n) -> Tensor", _sample_kernel, _sample_fake
+)
+
+
+_left = define(
+    "left_of_product(Tensor values, Tensor X, Tensor product, Tensor indices, SymInt m, SymInt n) -> Tensor",
+    _left_kernel,
+    lambda values, X, product, indices, m, n: product.new_empty(product.shape),
 )
 
 
@@ -162,6 +176,16 @@ class _Multiply(OfProduct):
         return sum(terms[1:], terms[0])
 
 
+class _Left(Constant):
+    constants = (0,)
+    shared = 1
+
+    @classmethod
+    def forward(cls, static: _Shape, values: Tensor, X: Tensor, product: Tensor, indices: Tensor) -> tuple[Tensor]:
+        tensors = (t.contiguous() for t in (values, X, product))
+        return (_left(*tensors, indices, static.m, static.n),)
+
+
 class _Sample(Primitive):
     @classmethod
     def forward(cls, static: _Shape, U: Tensor, W: Tensor, indices: Tensor) -> Tensor:
@@ -198,6 +222,10 @@ differentiate(
         _Shape(m, n, adjoint=adjoint, exact=exact), values, X, indices
     ),
 )
+differentiate(
+    _left,
+    lambda values, X, product, indices, m, n: _Left.apply(_Shape(m, n), values, X, product, indices)[0],
+)
 differentiate(_sample, lambda U, W, indices, m, n: _Sample.apply(_Shape(m, n), U, W, indices))
 
 
@@ -221,6 +249,12 @@ def multiply(
         exact_bar: so are those of the gradient by X.
     """
     return _Multiply.apply(_Shape(m, n, adjoint=adjoint, exact=exact, exact_bar=exact_bar), values, X, indices)
+
+
+@in_graph
+def left_out(values: Tensor, X: Tensor, product: Tensor, indices: Tensor, m: int, n: int) -> Tensor:
+    """What rounding has left out of `product`, A^H X (P, n, k); a constant."""
+    return _Left.apply(_Shape(m, n), values, X, product, indices)[0]
 
 
 @in_graph
