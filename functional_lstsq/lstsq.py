@@ -56,8 +56,8 @@ def lstsq(
             out, and has an ordinary derivative by its weight. A row of infinite weight is a constraint, an equation
             that is met exactly; A needs full rank only together with these, and they must be linearly independent.
             (Of a wide A without damping a derivative by a weight of 0 is NaN, one that loses a row has no full rank,
-            and weights are finite. In a compiled graph, or with a damping below 1e-6 of the largest entry of A, one for
-            all, a wide A has none by a weight of 0.)
+            and weights are finite. In a compiled graph, or with one damping for all below 1e-6 of the largest entry of
+            A, a derivative of a wide A by a weight of 0 is not to be had: reverse mode gives NaN, forward mode 0.)
         bounds: (lower, upper), with x between them: each a number, which may be infinite, or a real tensor of shape
             (), (n,) or, for b (m, k), (n, k), of which x has derivatives too. Equal ones pin an unknown, with the
             derivative by the one that it is pressed against. For a real SparseMatrix, or sparse tensor; a wide one too,
