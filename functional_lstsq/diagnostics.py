@@ -20,11 +20,12 @@ from .sandwich import sandwich
 from .solvers.watching import in_blocks
 from .sparse.matrix import DTYPES, SparseMatrix
 from .sparse.numerics import noise
-from .torch_func.tracing import concrete, is_traced
+from .torch_func.tracing import concrete, is_traced, sparse_beside_graph
 
 _ALONE = 1e-3  # 1 - h, taken as a difference, has lost three digits there
 
 
+@sparse_beside_graph
 def leverage(
     A: SparseMatrix | Factorization | Tensor,
     weights: Tensor | None = None,
@@ -73,6 +74,7 @@ def leverage(
     return (z * A.matmul(solved(A, z, options)[0])).mean(1).real
 
 
+@sparse_beside_graph
 def leave_one_out(
     A: SparseMatrix | Factorization | Tensor,
     b: Tensor,
@@ -121,6 +123,7 @@ def leave_one_out(
     return left_out.scatter(0, alone, torch.cat(found))
 
 
+@sparse_beside_graph
 def covariance(
     A: SparseMatrix | Factorization | Tensor,
     columns: Tensor | list[int],
@@ -194,6 +197,7 @@ def _covariance(A: SparseMatrix | Factorization, columns: Tensor, options: Optio
     return rounded(shaped(run(problem, "raise", c[None])[1], problem), problem, "the covariance")
 
 
+@sparse_beside_graph
 def covariance_diagonal(
     A: SparseMatrix | Factorization | Tensor,
     weights: Tensor | None = None,

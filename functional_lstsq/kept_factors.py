@@ -16,11 +16,12 @@ from .result import Report, info_of
 from .solvers import Auto
 from .sparse.matrix import SparseMatrix
 from .sparse.numerics import noise
-from .torch_func.tracing import is_traced
+from .torch_func.tracing import is_traced, sparse_beside_graph
 
 FACTOR = Auto(factor=True)
 
 
+@sparse_beside_graph
 def factorize(
     A: SparseMatrix | Tensor,
     *,

@@ -57,7 +57,7 @@ def lstsq(
             that is met exactly; A needs full rank only together with these, and they must be linearly independent.
             (Of a wide A without damping a derivative by a weight of 0 is NaN, one that loses a row has no full rank,
             and weights are finite. In a compiled graph, or with one damping for all below 1e-6 of the largest entry of
-            A, a derivative of a wide A by a weight of 0 is not to be had: reverse mode gives NaN, forward mode 0.)
+            A, a derivative of a wide A by a weight of 0 is not to be had: reverse mode gives NaN, forward mode raises.)
         bounds: (lower, upper), with x between them: each a number, which may be infinite, or a real tensor of shape
             (), (n,) or, for b (m, k), (n, k), of which x has derivatives too. Equal ones pin an unknown, with the
             derivative by the one that it is pressed against. For a real SparseMatrix, or sparse tensor; a wide one too,
@@ -210,14 +210,15 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
 
 
 _NO_GRAPH = (
-    "torch.compile cannot take bounds=, robust=, a LinearOperator or a sharded matrix; compile what makes the arguments"
+    "torch.compile cannot take bounds=, robust=, a LinearOperator, a sharded matrix or a torch sparse tensor, of which "
+    "SparseMatrix.from_torch makes what it takes; compile what makes the arguments"
 )
 _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_solve, _NO_GRAPH)
 
 
 def is_beside(A: Any, robust: Any, bounds: Any = None) -> bool:
     """Whether Dynamo is tracing what it cannot take, or would try to, function by function."""
-    beyond = robust is not None or bounds is not None or isinstance(A, (LinearOperator, ShardedMatrix))
+    beyond = robust is not None or bounds is not None or isinstance(A, (LinearOperator, ShardedMatrix, Tensor))
     return beyond and (torch.compiler.is_dynamo_compiling() or is_watched())
 
 
@@ -242,6 +243,9 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
         # x = A^H s and A x + d^2 W^-1 s = b: each row has a damping of its own, infinite where the weight is zero.
         # What neither a weight nor a damping determines, 0 / 0, is marked by the other infinity.
         unweighted = torch.where(damp > 0, torch.inf, -torch.inf).to(damp.dtype)
+        # It has no derivative by that weight. In forward mode torch.where would give zero; this is zero too, and its
+        # tangent infinite, by which the derivative is none.
+        unweighted = unweighted + weights * 1e200 * 1e200
         damp = torch.where(weights > 0, damp * weights.rsqrt(), unweighted)
     elif weights is not None:
         root = weights.sqrt().to(values.dtype)[None, :, None]

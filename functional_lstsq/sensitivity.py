@@ -13,8 +13,10 @@ from .lstsq import lstsq, solve
 from .sparse.matrix import SparseMatrix
 from .sparse.operator import JacobianOperator, LinearOperator
 from .sparse.pattern import SparsePattern
+from .torch_func.tracing import sparse_beside_graph
 
 
+@sparse_beside_graph
 def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) -> Tensor:
     """An estimate of the 2-norm condition number of A with its columns (rows, where it is wide) scaled to norm 1.
 
@@ -40,6 +42,7 @@ def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) 
     return solve(A, b, solver=solver, throw=False).info.condition
 
 
+@sparse_beside_graph
 def jacobian_operator(A: SparseMatrix, b: Tensor, **options: Any) -> LinearOperator:
     """d x / d values for x = lstsq(A, b), as a LinearOperator that is never formed.
 

@@ -14,11 +14,12 @@ from .linear.gradient import Static
 from .linear.settings import Settings
 from .lstsq import lstsq as solve_lstsq
 from .sparse.matrix import SparseMatrix
-from .torch_func.tracing import unseen_by_transforms
+from .torch_func.tracing import sparse_beside_graph, unseen_by_transforms
 
 Solver = Callable[[Tensor, Tensor], Tensor]
 
 
+@sparse_beside_graph
 def sparse_generic_lstsq(
     A: Tensor, B: Tensor, lstsq: Solver | None = None, transpose_lstsq: Solver | None = None
 ) -> Tensor:

@@ -185,6 +185,26 @@ def test_values_taken_from_a_torch_tensor_compile(layout):
     close(compiled(A.values), fl.lstsq(A, B), 1e-10)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("study", ["lstsq", "residual", "leave_one_out"])
+def test_sparse_tensors_end_a_graph_and_are_differentiated_all_the_same(layout, study):
+    torch._dynamo.reset()
+    A = fl.SparseMatrix(VALUES, PATTERN).to_torch(layout)
+    weights = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
+    studies = {
+        "lstsq": lambda w: fl.lstsq(A, B, weights=w),
+        "residual": lambda w: fl.solve(A, w * B).residual,
+        "leave_one_out": lambda w: fl.leave_one_out(A, B, weights=w)[0],
+    }
+
+    def loss(w):
+        return studies[study](w).square().sum()
+
+    wanted = torch.func.grad(loss)(weights)
+    close(torch.compile(torch.func.grad(loss), backend="eager")(weights), wanted, 1e-10)
+    close(torch.func.grad(torch.compile(loss, backend="eager"))(weights), wanted, 1e-10)
+
+
 class Model(torch.nn.Module):
     """Values of A from a small network, and the solution."""
 

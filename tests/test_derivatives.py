@@ -230,6 +230,21 @@ def test_weights_of_zero_beside_one_damping_of_a_wide_matrix(solver, damp):
         close(other(one(ours, 0), k)(weights, d), other(one(want, 0), k)(weights, d), 1e-8)
 
 
+def test_a_derivative_that_is_not_to_be_had_by_a_weight_of_zero_is_no_number_in_either_mode():
+    """A damping far below the entries of a wide A; derivatives by the other weights are as ever."""
+    pattern, values, b = problem(4, 9)
+    weights = torch.tensor([0.0, 2.0, 1.0, 0.5]).double()
+
+    def ours(w):
+        return fl.lstsq(fl.SparseMatrix(values, pattern), b, weights=w, damp=1e-7)
+
+    assert jacrev(ours)(weights).isnan().any(0).tolist() == [True, False, False, False]
+    with pytest.raises(ValueError, match="for a derivative holds NaN or infinity"):
+        jvp(ours, (weights,), (torch.tensor([1.0, 0.0, 0.0, 0.0]).double(),))
+    others = torch.tensor([0.0, 1.0, -1.0, 0.3]).double()
+    close(jvp(ours, (weights,), (others,))[1], jacrev(ours)(weights)[:, 1:] @ others[1:], 1e-8)
+
+
 def test_a_damping_of_a_wide_matrix_of_low_rank_with_weights_keeps_its_digits():
     """x = v u^T W b / (|W^(1/2) u|^2 |v|^2 + d^2); d / sqrt(weight), rounded, would leave 5 digits, and then 4."""
     u, v = torch.tensor([1.0, 1, -1, 2]).double(), torch.tensor([3.0, 2, 3, -1, 1, 1]).double()

@@ -147,6 +147,26 @@ def fit_beside_graph(function: Callable[Given, Result]) -> Callable[Given, Resul
     return beside_graph(function, f"torch.compile cannot take {function.__name__}; compile what makes its arguments")
 
 
+def sparse_beside_graph(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`beside_graph` for a call whose argument A is a torch sparse tensor, which Dynamo cannot take.
+
+    It would end the graph within the function, and a frame that goes on within torch.func is none that it can compile.
+    """
+    beside = beside_graph(
+        function,
+        "torch.compile cannot take a torch sparse tensor; SparseMatrix.from_torch, called outside, makes what it takes",
+    )
+
+    @wraps(function)
+    def either(*args: Given.args, **options: Given.kwargs) -> Result:
+        A = args[0] if args else options.get("A")
+        if isinstance(A, Tensor) and (torch.compiler.is_dynamo_compiling() or is_watched()):
+            return beside(*args, **options)
+        return function(*args, **options)
+
+    return either
+
+
 _in_graph: list[Callable] = []
 
 
