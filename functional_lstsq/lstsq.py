@@ -210,8 +210,8 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
 
 
 _NO_GRAPH = (
-    "torch.compile cannot take bounds=, robust=, a LinearOperator, a sharded matrix or a torch sparse tensor, of which "
-    "SparseMatrix.from_torch makes what it takes; compile what makes the arguments"
+    "torch.compile cannot take bounds=, robust=, a LinearOperator, a sharded matrix or a torch sparse tensor; compile "
+    "what makes the arguments, for a sparse tensor SparseMatrix.from_torch"
 )
 _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_solve, _NO_GRAPH)
 

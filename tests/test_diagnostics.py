@@ -7,6 +7,7 @@ from rationals import gradients, least_squares, rational, times
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import functional_lstsq as fl
+from functional_lstsq.solvers.small import Small
 
 PATTERN, VALUES, B = problem(14, 5)
 WEIGHTS = torch.linspace(0.5, 2, 14, dtype=torch.float64)
@@ -63,6 +64,8 @@ def test_blocks_of_columns_share_one_factorisation(solver, monkeypatch):
     kind, made = type(solver), []
     prepare = kind.prepare
     monkeypatch.setattr(kind, "prepare", lambda *args, **options: made.append(1) or prepare(*args, **options))
+    of = Small.of
+    monkeypatch.setattr(Small, "of", lambda *given: made.append(1) or of(*given))
     A = fl.SparseMatrix(values, pattern)
     for weights in (None, torch.linspace(0.5, 2, 600, dtype=torch.float64)):
         for study in (lambda w: fl.leverage(A, w, solver=solver), lambda w: fl.leave_one_out(A, b, w, solver=solver)):

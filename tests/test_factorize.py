@@ -4,12 +4,14 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 
 import functional_lstsq as fl
 from functional_lstsq.linear.factor_cache import Holder
+from functional_lstsq.solvers.small import Small
 
 torch.manual_seed(0)
 DOUBLE = torch.float64
@@ -36,6 +38,8 @@ def prepared(monkeypatch):
             return before(self, system, minimum_norm=minimum_norm)
 
         monkeypatch.setattr(kind, "prepare", prepare)
+    of = Small.of
+    monkeypatch.setattr(Small, "of", lambda *given: made.append("Small") or of(*given))
     return made
 
 
@@ -80,7 +84,7 @@ def test_it_is_factored_once(case, prepared):
     torch.func.vmap(lambda b: fl.lstsq(F, b))(torch.stack([b, 2 * b]))
     torch.func.vjp(lambda b: fl.lstsq(F, b), b)[1](torch.ones(n, dtype=dtype))
     torch.func.jvp(lambda b: fl.lstsq(F, b), (b,), (b,))
-    assert len(prepared) == 1
+    assert set(Counter(prepared).values()) == {1}
 
 
 def of_kept(A, b):
@@ -164,7 +168,7 @@ def test_a_copy_keeps_factors_of_its_own(copied, prepared):
     G = copied(F)
     assert torch.equal(fl.lstsq(G, b), fl.lstsq(F, b))
     assert torch.equal(fl.lstsq(G, 2 * b), fl.lstsq(F, 2 * b))
-    assert len(prepared) == 2
+    assert Counter(prepared)["Small"] == 2
 
 
 def test_factors_live_as_long_as_they_are_kept():

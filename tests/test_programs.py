@@ -177,7 +177,7 @@ def test_a_robust_fit_beside_a_graph_of_the_default_backend():
 @pytest.mark.parametrize("name", BESIDE)
 def test_a_whole_graph_is_refused_with_its_reason(name):
     with pytest.raises(
-        Exception, match=r"torch.compile cannot take (bounds=, robust=, a LinearOperator or .*|[a-z]*_[a-z]*); compile"
+        Exception, match=r"torch.compile cannot take (bounds=, robust=, a LinearOperator, .*|[a-z]*_[a-z]*); compile"
     ):
         torch.compile(BESIDE[name], backend="eager", fullgraph=True)(DECAY)
 

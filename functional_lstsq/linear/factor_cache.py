@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..solvers.base import Factors
+from ..solvers.small import Small
 from ..solvers.system import System
+from ..sparse.pattern import SparsePattern
 from ..torch_func.primitive import define
 from .settings import Settings
 
@@ -27,7 +29,7 @@ class Holder:
     A user who keeps factors holds a token of two numbers, the key and 0, which is given to solves.
     """
 
-    __slots__ = ("__weakref__", "asked", "damp", "factors", "key", "system", "values", "versions")
+    __slots__ = ("__weakref__", "asked", "damp", "factors", "key", "small", "system", "values", "versions")
     key: int
     asked: tuple[Settings, Tensor | None]  # with the indices of the entries
     values: tuple[Tensor, ...]
@@ -35,11 +37,12 @@ class Holder:
     versions: list[int]
     system: System
     factors: Factors | None
+    small: Small | None  # made first of small matrices, and the others if it does not suffice
     living: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
     keys = itertools.count(1)
 
     def __init__(self):
-        self.key, self.factors = next(Holder.keys), None
+        self.key, self.factors, self.small = next(Holder.keys), None, None
         Holder.living[self.key] = self
 
     def token(self, *, kept: bool = False) -> Tensor:
@@ -63,22 +66,48 @@ class Holder:
         make: Callable[[], System],
     ) -> tuple[System, Factors]:
         """(system, factors), made afresh if what is asked for is not that of last time."""
-        if not self.serves(settings, indices, values, damp):
+        served = self.serves(settings, indices, values, damp)
+        if not served or self.factors is None:
             self.system = make()
             self.factors = settings.solver.prepare(self.system, minimum_norm=settings.minimum_norm)
             if not isinstance(self.factors, Factors):
                 kind, got = type(settings.solver).__name__, type(self.factors).__name__
                 raise TypeError(f"{kind}.prepare must give Factors, of functional_lstsq.solvers, got {got}")
-            self.values, self.versions, self.damp = values, [_version(tensor) for tensor in values], damp
-            self.asked = settings, indices
+            self._remember(settings, indices, values, damp)
+            self.small = self.small if served else None
         assert self.factors is not None
         return self.system, self.factors
+
+    def prepare_small(
+        self,
+        settings: Settings,
+        pattern: SparsePattern,
+        values: Tensor,
+        damp: Tensor | None,
+    ) -> Small | None:
+        """As `prepare`, for one of the matrices that `is_small` tells; None of one that has factors of another kind."""
+        if not self.serves(settings, pattern.indices, (values,), damp):
+            self.factors = None
+            self.small = Small.of(settings.solver, settings.precision, pattern, values, damp)
+            self._remember(settings, pattern.indices, (values,), damp)
+        return self.small
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether there are factors of any kind."""
+        return self.factors is not None or self.small is not None
+
+    def _remember(
+        self, settings: Settings, indices: Tensor | None, values: tuple[Tensor, ...], damp: Tensor | None
+    ) -> None:
+        self.values, self.versions, self.damp = values, [_version(tensor) for tensor in values], damp
+        self.asked = settings, indices
 
     def serves(
         self, settings: Settings, indices: Tensor | None, values: tuple[Tensor, ...], damp: Tensor | None
     ) -> bool:
         """Whether its factors are those of this system."""
-        if self.factors is None or [_version(tensor) for tensor in self.values] != self.versions:
+        if not self.is_filled or [_version(tensor) for tensor in self.values] != self.versions:
             return False
         if not self.asked[0].same_system(settings) or len(self.values) != len(values):
             return False

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..result import CONVERGED, RANK_DEFICIENT, Report, method_code
 from ..solvers.memory import told_as_too_large
+from ..solvers.small import is_small
 from ..solvers.system import System
 from ..sparse.numerics import ldexp, power_of_two
 from ..sparse.pattern import find_pattern
@@ -51,6 +52,10 @@ def _solve_kernel(
         *nothing, made = _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
+    if weights is None and on_failure not in ("accept", LOW):
+        found = _solve_small(values, damp, b, c, known, token, indices, m, n, wanted)
+        if found is not None:
+            return found
 
     def make() -> System:
         return _system(values, weights, damp, indices, m, n, wanted, on_failure)
@@ -59,6 +64,37 @@ def _solve_kernel(
     if weights is not None:
         numbers["weights"] = (weights,)
     return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
+
+
+def _solve_small(
+    values: Tensor,
+    damp: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    known: Tensor | None,
+    token: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    wanted: Settings,
+) -> tuple[Tensor, ...] | None:
+    """As `solve_plainly`, in compiled code; None where that is not to be had, whatever the reason."""
+    right = c if b is None else b
+    forward = token is None or is_kept(token)
+    plain = not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
+    if right is None or not (plain and is_small(wanted.solver, values, n, right.shape[2])):
+        return None
+    keeper, pattern = Holder.of(token), find_pattern(indices, m, n)
+    if is_kept(token) and keeper.is_filled and not keeper.serves(wanted, pattern.indices, (values,), damp):
+        keeper = Holder()
+    small = keeper.prepare_small(wanted, pattern, values, damp)
+    answer = None if not forward else "residual_error" if wanted.wide else "solution_error"
+    found = None if small is None else small.solve(b, c, known, answer)
+    if found is None:
+        return None
+    r, x, report = found
+    token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
+    return r, r.new_zeros((len(r), 0, r.shape[2])), x, report, token
 
 
 def _system(
@@ -149,7 +185,7 @@ def solve_plainly(
         return _without_unknowns(b, e, c, numbers["weights"][0] if weighted else None)
     keeper, answer = Holder.of(token), "residual_error" if wanted.wide else "solution_error"
     asked_for = wanted, indices, sum(numbers.values(), ()), damp
-    if is_kept(token) and keeper.factors is not None and not keeper.serves(*asked_for):
+    if is_kept(token) and keeper.is_filled and not keeper.serves(*asked_for):
         keeper = Holder()  # other solves find there what the user keeps
     with told_as_too_large():
         system, factors = keeper.prepare(*asked_for, make)

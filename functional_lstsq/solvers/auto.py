@@ -29,7 +29,7 @@ from .memory import fits, hand_back, told_as_too_large
 from .system import System, check_number
 
 _QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
-_FEW_COLUMNS = "few columns"
+FEW_COLUMNS = "few columns"
 _DENSE = Dense()
 
 
@@ -81,7 +81,7 @@ class Auto(Solver):
         room = torch.tensor(fits(factor_bytes(system), self.dense_bytes, device), device=device)
         dense_fits = bool(system.A.everywhere(room))
         if n <= self.dense_columns and dense_fits:
-            yield _Step(_DENSE, _FEW_COLUMNS)
+            yield _Step(_DENSE, FEW_COLUMNS)
             return
         if not system.A.has_entries:  # that a sparse factor could be made of: the rows are in several places
             yield _Step(self.cgls, "no factor")
@@ -144,7 +144,7 @@ class Auto(Solver):
         values = A.values.detach().to(torch.promote_types(A.dtype, torch.float64))
         system = System(Operator(pattern, values[None]), None, torch.finfo(A.dtype).eps)
         steps = list(self.plan(system))
-        if steps[0].reason == _FEW_COLUMNS:  # chosen without a thought of its cost
+        if steps[0].reason == FEW_COLUMNS:  # chosen without a thought of its cost
             seconds = costs.gram(analyse(system).products) + costs.dense_factor(system.n)
             steps = [steps[0]._replace(seconds=seconds)]
         return [step.prediction for step in steps]

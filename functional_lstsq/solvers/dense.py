@@ -30,7 +30,7 @@ _CHOLESKY_CONDITION = 1e6
 _EXACT = 1e4  # condition number, times the ratio of norms of columns, from which the null space is taken exactly
 _BLOCK = 2**24  # entries of a dense block of rows
 _PART = 2**20  # entries of the factors of a batch that are made at a time, for them to stay in a cache
-_SMALL = 128  # columns up to which a compiled function takes less time than LAPACK, and products than power iterations
+SMALL = 128  # columns up to which a compiled function takes less time than LAPACK, and products than power iterations
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Dense(Solver):
 class _Factors(Factored):
     def __init__(self, system: System, minimum_norm: bool, accept: float, orthogonal: bool):
         super().__init__(system, minimum_norm, accept)
-        compiled = system.A.factor(system.d2) if system.n <= _SMALL else None
+        compiled = system.A.factor(system.d2) if system.n <= SMALL else None
         if compiled is not None:
             self.L, extremes = compiled
             self.largest, self.smallest = extremes.sqrt().split(1, 1)
@@ -167,7 +167,7 @@ def _factor(system: System, first: int, last: int) -> tuple[Tensor, Tensor, Tens
     if system.d2 is not None:
         gram.diagonal(dim1=1, dim2=2).add_(system.d2[first:last, :, 0])
     L, failures = torch.linalg.cholesky_ex(gram)
-    if system.n <= _SMALL:
+    if system.n <= SMALL:
         eye = torch.eye(system.n, dtype=gram.dtype, device=gram.device).expand_as(gram)
         inverse = torch.linalg.solve_triangular(L, eye, upper=False)
         largest, smallest = _largest(gram).sqrt(), _largest(inverse @ inverse.mH).rsqrt()

@@ -22,6 +22,7 @@ from numba.extending import intrinsic, overload
 
 # Sums may be reordered and products fused. NaN and infinity keep their meaning.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+_ALONE: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _TERMS = 1024  # of sums in A^H A that are taken in one go
 _ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in (1, 2, 3, 4))
 
@@ -32,6 +33,11 @@ def _jit(function):
         return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's home
         return uncached(function)
+
+
+def part(function):
+    """`function` compiled as a part of those that call it, and of no use to others."""
+    return numba.njit(**_OPTIONS, **_ALONE)(function)
 
 
 def uncached(function):

@@ -1,16 +1,24 @@
-"""Loops that Numba compiles, as those of `compiled`: dense Gram matrices of sparse ones, and their Cholesky factors."""
+"""Loops that Numba compiles, as those of `compiled`: dense Gram matrices of sparse ones, and their Cholesky factors.
+
+Those of small matrices are scaled here too, for solves by `compiled_small`.
+"""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from .compiled import _ONE, _jit, claim, conjugate, square
+from .compiled import _ONE, _jit, claim, conjugate, part, square
 
-_STEPS = 5  # of power iterations
+_STEPS, _INVERSE_STEPS = 5, 3  # of power iterations; the largest eigenvalues of inverses lie further apart
+_PLAIN = 1e4  # condition number up to which a factor alone is right to four digits
+LEAST, MOST = 2.0**-100, 2.0**100  # norms of columns and right-hand sides, whose squares and products are numbers
+WELL, LARGEST, SMALLEST, SIZE, CONDITION, NORM, UNIT = range(7)  # what `small_factor` tells of a matrix
 
 
-@_jit
-def _lower_gram(pointers, indices, values, zero, G):
+@part
+def lower_gram(pointers, indices, values, zero, G):
     """The lower triangle of A^H A into G (n, n), for values row by row, indices ascending."""
     n = len(G)
     for i in range(n):
@@ -34,14 +42,14 @@ def dense_gram(counter, chunk, zero, pointers, indices, values, out):
             return
         for p in range(first, min(first + chunk, copies)):
             G = out[p]
-            _lower_gram(pointers, indices, values[p], zero, G)
+            lower_gram(pointers, indices, values[p], zero, G)
             for i in range(n):
                 for j in range(i):
                     G[j, i] = conjugate(G[i, j])
 
 
-@_jit
-def _factor(L, zero):
+@part
+def factor(L, zero):
     """L of L L^H in the place of the lower triangle of a matrix, zeros above; whether there is one."""
     for i in range(len(L)):
         row = L[i]
@@ -60,7 +68,7 @@ def _factor(L, zero):
     return True
 
 
-@_jit
+@part
 def _times(G, v, w, zero):
     """w = G v for the lower triangle of a Hermitian G."""
     for i in range(len(v)):
@@ -71,8 +79,8 @@ def _times(G, v, w, zero):
         w[i] = total
 
 
-@_jit
-def _divide(L, v, w):
+@part
+def divide(L, v, w):
     """w = (L L^H)^-1 v"""
     n = len(v)
     for i in range(n):
@@ -88,19 +96,19 @@ def _divide(L, v, w):
             w[j] -= conjugate(row[j]) * factor
 
 
-@_jit
-def _largest(M, inverse, start, v, w, zero):
-    """The largest eigenvalue of a Hermitian M, or of (M M^H)^-1, from below, by power iterations on rows of `start`."""
+@part
+def largest_eigenvalue(M, inverse, steps, start, v, w, zero):
+    """That of a Hermitian M, or of (M M^H)^-1, from below, by power iterations on rows of `start`."""
     most = 0.0
     for c in range(len(start)):
         size = 1.0
         for i in range(len(v)):
             v[i] = start[c, i]
-        for _ in range(_STEPS):
+        for _ in range(steps):
             for i in range(len(v)):
                 v[i] /= size
             if inverse:
-                _divide(M, v, w)
+                divide(M, v, w)
             else:
                 _times(M, v, w, zero)
             size = 0.0
@@ -131,9 +139,88 @@ def dense_factor(counter, chunk, zero, pointers, indices, values, d2, start, L, 
             return
         for p in range(first, min(first + chunk, copies)):
             M = L[p]
-            _lower_gram(pointers, indices, values[p], zero, M)
+            lower_gram(pointers, indices, values[p], zero, M)
             if d2 is not None:
                 for i in range(n):
                     M[i, i] += d2[p, i]
-            extremes[p, 0] = _largest(M, False, start, v, w, zero)
-            extremes[p, 1] = 1 / _largest(M, True, start, v, w, zero) if _factor(M, zero) else np.nan
+            extremes[p, 0] = largest_eigenvalue(M, False, _STEPS, start, v, w, zero)
+            found = factor(M, zero)
+            extremes[p, 1] = 1 / largest_eigenvalue(M, True, _STEPS, start, v, w, zero) if found else np.nan
+
+
+@part
+def _scale(pointers, indices, values, damp, S, D, N, d2):
+    """S = A D^-1 with columns of norms N from 1 to 2, d2 = (d D^-1)^2; whether all is of usual size."""
+    n = len(D)
+    for j in range(n):
+        d = damp[j] if len(damp) == n else damp[0] if len(damp) else 0.0
+        if not d >= 0:
+            return False
+        d2[j], N[j] = d, d**2
+    for e in range(len(values)):
+        N[indices[e]] += square(values[e])
+    for j in range(n):
+        norm = math.sqrt(N[j])
+        if not LEAST <= norm <= MOST:
+            return False
+        D[j] = math.ldexp(1.0, math.frexp(norm)[1] - 1)
+        N[j] = norm / D[j]
+        d2[j] = (d2[j] / D[j]) ** 2
+    for e in range(len(values)):
+        S[e] = values[e] / D[indices[e]]
+        if S[e] == 0 and values[e] != 0:
+            return False
+    return True
+
+
+@part
+def _decompose(G, M, D, N, d2, told, start, v, w, zero):
+    """L in the place of G = A^H A, given the lower triangle of that, and what is told of it; M is room for work."""
+    n = len(D)
+    told[SIZE] = told[NORM] = 0.0
+    told[UNIT] = D[0]
+    for j in range(n):
+        told[SIZE] += G[j, j].real
+        told[NORM] += (N[j] * D[j]) ** 2
+        told[UNIT] = min(told[UNIT], D[j])
+        G[j, j] += d2[j]
+    told[SIZE], told[NORM] = math.sqrt(told[SIZE]), math.sqrt(told[NORM])
+    # Roots of eigenvalues of A^H A + d^2, of that with columns of norm 1, and of the inverses of both, by N^-1 L.
+    roots = np.empty(4)
+    for task in range(4):
+        if task == 2 and not factor(G, zero):
+            return
+        for i in range(n):
+            for j in range(i + 1):
+                M[i, j] = G[i, j]
+                if task == 1:
+                    M[i, j] /= N[i] * N[j]
+                elif task == 3:
+                    M[i, j] /= N[i]
+        steps = _INVERSE_STEPS if task == 3 else _STEPS
+        roots[task] = math.sqrt(largest_eigenvalue(M, task > 1, steps, start, v, w, zero))
+    told[LARGEST], told[SMALLEST], told[CONDITION] = roots[0], 1 / roots[2], max(roots[1] * roots[3], 1.0)
+    if told[LARGEST] < _PLAIN * told[SMALLEST]:
+        told[WELL] = 1.0
+
+
+@_jit
+def small_factor(counter, chunk, zero, pointers, indices, values, damp, start, S, D, N, d2, L, told):
+    """The factors of every matrix: see `_scale`, L (P, n, n), and what else is to be known (P, 7).
+
+    Args:
+        values: (P, nnz) row by row.
+        damp: (P, 0) for none, (P, 1) or (P, n).
+        start: (4, n) vectors with a part in every direction.
+    """
+    copies, n = D.shape
+    v, w, M = np.empty(n, L.dtype), np.empty(n, L.dtype), np.empty((n, n), L.dtype)
+    while True:
+        first = claim(counter) * chunk
+        if first >= copies:
+            return
+        for p in range(first, min(first + chunk, copies)):
+            told[p, WELL] = 0.0
+            if _scale(pointers, indices, values[p], damp[p], S[p], D[p], N[p], d2[p]):
+                lower_gram(pointers, indices, S[p], zero, L[p])
+                _decompose(L[p], M, D[p], N[p], d2[p], told[p], start, v, w, zero)

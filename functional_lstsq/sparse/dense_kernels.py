@@ -33,11 +33,24 @@ def dense_factor(A: Matrix, pattern: SparsePattern, d2: Tensor | None) -> tuple[
     work = copies * (n**3 // 6 + 80 * n**2 + multiplications(pattern))
     key = "dense_factor", L.dtype, A.pointers.itemsize, d2 is None
     added = None if d2 is None else array(d2)
-    run("dense_factor", key, copies, work, A.zero, A.pointers, A.indices, A.values, added, _start(n), L, extremes)
+    run(
+        "dense_factor",
+        key,
+        copies,
+        work,
+        A.zero,
+        A.pointers,
+        A.indices,
+        A.values,
+        added,
+        in_every_direction(n),
+        L,
+        extremes,
+    )
     return torch.from_numpy(L), torch.from_numpy(extremes)
 
 
 @functools.lru_cache(maxsize=16)
-def _start(n: int) -> np.ndarray:
+def in_every_direction(n: int) -> np.ndarray:
     """Vectors with a part in every direction."""
     return array(noise(torch.empty((4, n), dtype=torch.float64, device="cpu")))

@@ -38,10 +38,10 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 def _loops() -> Any:
     with _first:
         try:
-            from . import compiled, compiled_dense, compiled_triple
+            from . import compiled, compiled_dense, compiled_small, compiled_triple
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
-        return SimpleNamespace(**vars(compiled) | vars(compiled_dense) | vars(compiled_triple))
+        return SimpleNamespace(**vars(compiled) | vars(compiled_dense) | vars(compiled_small) | vars(compiled_triple))
 
 
 def available(device: torch.device) -> bool:

@@ -1,0 +1,72 @@
+"""Whole solves of small systems in compiled code: as `Dense` solves them, where there is nothing special about them.
+
+A solve is some two hundred tensor operations of a few microseconds each, whatever they are of. The loops of
+`sparse.compiled_small` take the same steps in one call, and leave to them what needs more.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..result import CONVERGED, Report, method_code, tried_code
+from ..sparse import small_kernels
+from ..sparse.kernels import SMALL, available
+from ..sparse.pattern import SparsePattern
+from .auto import FEW_COLUMNS, Auto
+from .base import Solver
+from .dense import SMALL as FEW
+from .dense import Dense
+from .memory import fits
+from .watching import is_watched
+
+_NUMBERS = 6400  # of right-hand sides of one matrix; more columns than that go through LAPACK together
+
+
+class Small(NamedTuple):
+    """The factors of P small matrices on one pattern, by a solver that has chosen them."""
+
+    factors: small_kernels.Factors
+    accept: float
+    precision: float
+    tried: int
+
+    @classmethod
+    def of(cls, solver: Solver, precision: float, pattern: SparsePattern, values: Tensor, damp: Tensor | None) -> Small:
+        """For values (P, nnz) and a damping (P, 1), (P, n) or None, where `is_small` holds."""
+        tried = _by_choice() if type(solver) is Auto else 0
+        accept = Solver().threshold(precision) if type(solver) is Auto else solver.threshold(precision)
+        return cls(small_kernels.factor(pattern, values, damp), accept, precision, tried)
+
+    def solve(
+        self, b: Tensor | None, c: Tensor | None, known: Tensor | None, answer: str | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(r, x, packed report) of K (r, x) = (b, c), None for zero; None where the loops leave it to others.
+
+        Args:
+            known: as of `verdict.settle`.
+            answer: as of `blocks.Asked`.
+        """
+        whose = {None: 0.0, "residual_error": small_kernels.RESIDUAL, "solution_error": small_kernels.SOLUTION}[answer]
+        codes = float(CONVERGED), float(method_code("dense-cholesky")), float(self.tried), whose
+        return small_kernels.solve(self.factors, b, c, known, self.precision, self.accept, codes, len(Report._fields))
+
+
+def is_small(solver: Solver, values: Tensor, n: int, columns: int) -> bool:
+    """Whether the loops may be asked: of plain tensors, and a solver that would factor such matrices densely."""
+    copies, entries = values.shape
+    if not (0 < n <= FEW and 0 < n * columns <= _NUMBERS and 0 < entries <= SMALL):
+        return False
+    chosen = type(solver) is Dense
+    if type(solver) is Auto:
+        chosen = n <= solver.dense_columns and solver.dense_bytes is None
+    if not chosen or is_watched() or not available(values.device):
+        return False
+    return fits(copies * (n**2 + 2 * entries) * values.element_size(), None, values.device)
+
+
+@functools.cache
+def _by_choice() -> int:
+    return tried_code([("Dense", FEW_COLUMNS, "")])

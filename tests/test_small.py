@@ -1,0 +1,134 @@
+"""Whole solves of small systems in compiled code: right and honest as by tensor operations, or left to these."""
+
+import pytest
+import torch
+from helpers import close, problem
+from rationals import distance, gradients, least_squares, size
+from torch.func import grad, jacfwd, jacrev, vmap
+
+import functional_lstsq as fl
+from functional_lstsq.linear import kernel
+from functional_lstsq.sparse.kernels import available
+
+pytestmark = pytest.mark.skipif(not available(torch.device("cpu")), reason="no compiled code here")
+SHAPES = {"tall": (9, 4), "square": (5, 5), "wide": (4, 9), "one row": (1, 3), "one column": (6, 1)}
+DTYPES = (torch.float64, torch.complex128, torch.float32)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Appended to for each solve: whether it was left to tensor operations."""
+    answers, solve = [], kernel._solve_small
+
+    def told(*given):
+        found = solve(*given)
+        answers.append(found is None)
+        return found
+
+    monkeypatch.setattr(kernel, "_solve_small", told)
+    return answers
+
+
+def by_operations(monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "is_small", lambda *given: False)
+        return function()
+
+
+@pytest.mark.parametrize("damp", [None, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_solutions_and_gradients_are_exact_and_claims_are_honest(shape, dtype, damp, seed, left):
+    pattern, values, b = problem(*SHAPES[shape], dtype=dtype, seed=seed, density=0.9)
+    A = fl.SparseMatrix(values, pattern)
+    eps = torch.finfo(dtype).eps
+    c = torch.linspace(1, 2, A.shape[1], dtype=torch.float64)
+    solution = fl.solve(A, b, damp=damp)
+    exact = least_squares(A.to_dense(), b, damp)[0]
+    error = 2.0 ** (distance(solution.x, exact) - size(exact))
+    assert error <= solution.info.forward_error
+    assert solution.info.forward_error < 1e4 * eps
+    if dtype.is_complex or (damp is None and A.shape[0] < A.shape[1]):
+        return
+    want = gradients(A.to_dense(), b, c, damp)
+    for which, name in enumerate(("A", "b")):
+        got = grad(lambda v, b: fl.lstsq(fl.SparseMatrix(v, pattern), b, damp=damp).double() @ c, which)(values, b)
+        got = fl.SparseMatrix(got, pattern).to_dense() if name == "A" else got
+        stored = fl.SparseMatrix(torch.ones_like(values), pattern).to_dense() if name == "A" else torch.ones_like(b)
+        near = torch.tensor([[float(v) for v in row] for row in want[name]], dtype=torch.float64).reshape(got.shape)
+        close(got, near * stored, 1e4 * eps)
+    assert not any(left)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("damp", [None, 0.3, "each"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reports_and_derivatives_are_those_by_tensor_operations(shape, damp, columns, left, monkeypatch):
+    m, n = SHAPES[shape]
+    pattern, values, b = problem(m, n, density=0.9)
+    b = b if columns == 1 else torch.stack([b, b.flip(0), b**2], 1)
+    damp = torch.linspace(0.1, 1, n, dtype=torch.float64) if damp == "each" else damp
+
+    def solve(v=values, b=b):
+        return fl.solve(fl.SparseMatrix(v, pattern), b, damp=damp)
+
+    fast, slow = solve(), by_operations(monkeypatch, solve)
+    close(fast.x, slow.x, 1e-12)
+    close(fast.residual, slow.residual, 1e-12)
+    for name in ("condition", "norm"):
+        close(getattr(fast.info, name), getattr(slow.info, name), 0.3)
+    for name in ("status", "method", "rank", "tried", "iterations"):
+        assert getattr(fast.info, name) == pytest.approx(getattr(slow.info, name)), name
+    for transform in (jacrev, jacfwd):
+        for which in (0, 1):
+            derivative = lambda: transform(lambda v, b: solve(v, b).x, which)(values, b)  # noqa: B023, E731
+            close(derivative(), by_operations(monkeypatch, derivative), 1e-11)
+
+
+HARD = {
+    "ill-conditioned": lambda A, b: (A * torch.logspace(0, -6, 4) @ torch.linalg.qr(torch.vander(b[:4]))[0], b),
+    "dependent columns": lambda A, b: (torch.cat([A[:, :3], A[:, :1] + A[:, 1:2]], 1), b),
+    "in the range": lambda A, b: (A.round(), A.round() @ torch.tensor([1.0, 2.0, -1.0, 3.0], dtype=b.dtype)),
+    "a column of 1e-200": lambda A, b: (A * torch.tensor([1.0, 1.0, 1.0, 1e-200], dtype=b.dtype), b),
+    "b of 1e200": lambda A, b: (A, 1e200 * b),
+    "b of zeros": lambda A, b: (A, 0 * b),
+    "b with a NaN": lambda A, b: (A, b / b.new_tensor([0] + [1] * 8) * 0),
+}
+
+
+@pytest.mark.parametrize("what", HARD)
+def test_what_is_not_plain_is_left_to_tensor_operations(what, left, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    A, b = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((9, 4), (9,)))
+    A, b = HARD[what](A.double(), b)
+    A = fl.SparseMatrix.from_dense(A)
+
+    def answer():
+        try:
+            return fl.lstsq(A, b)
+        except Exception as error:
+            return str(error)
+
+    fast, slow = answer(), by_operations(monkeypatch, answer)
+    assert fast == slow if isinstance(slow, str) else torch.equal(fast, slow)
+    assert all(left) or what == "in the range"
+
+
+def test_a_batch_with_one_bad_member_is_that_of_its_members():
+    pattern, values, b = problem(9, 4)
+    batch = torch.stack([values, 0 * values, 2 * values])
+    solved = vmap(lambda v: fl.solve(fl.SparseMatrix(v, pattern), b, throw=False).x)(batch)
+    alone = fl.lstsq(fl.SparseMatrix(values, pattern), b)
+    close(solved[0], alone, 1e-12)
+    close(solved[2], alone / 2, 1e-12)
+    assert solved[1].isnan().all()
+
+
+def test_large_batches_are_worked_through_by_any_number_of_threads(left):
+    pattern, values, b = problem(30, 10, density=1.0)
+    scales = torch.linspace(0.5, 3, 500, dtype=torch.float64)
+    f = lambda v: fl.lstsq(fl.SparseMatrix(v, pattern), b).square().sum()  # noqa: E731
+    got = vmap(grad(f))(scales[:, None] * values)
+    close(got, grad(f)(values) / scales[:, None] ** 3, 1e-11)
+    assert not any(left)
