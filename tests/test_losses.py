@@ -198,6 +198,23 @@ def test_outliers_among_data_without_noise_are_left_aside(unit):
     close(fl.lstsq(A, b, robust=fl.Huber()), unit * x, 1e-9)
 
 
+@pytest.mark.parametrize("loss", [fl.Huber(), fl.Huber(scale="huber"), fl.Cauchy()], ids=str)
+@pytest.mark.parametrize("height", [1e6, 1e10])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scale_is_as_accurate_as_residuals_beside_far_larger_data(height, loss, seed):
+    """Noise of 1 beside heights whose rounding alone is far above 1e-10 of it; a warm start does as the cold one."""
+    generator = torch.Generator().manual_seed(seed)
+    A, noise = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((40, 3), (40,)))
+    noise[:5] += 20
+    level = A @ torch.full((3,), height, dtype=torch.float64)
+    b = level + noise
+    A, noise = A.to_sparse(), b - level
+    x, rest = fl.lstsq(A, b, robust=loss), fl.lstsq(A, noise, robust=loss)
+    allowed = 1e4 * torch.finfo(torch.float64).eps * height
+    assert (x - height - rest).abs().max() < allowed
+    assert (fl.lstsq(A, b, robust=loss, x0=x) - x).abs().max() < allowed
+
+
 def test_nothing_said_is_a_scale_that_is_estimated():
     """In km as in m; a threshold that is given is in the units of the data."""
     assert fl.Huber() == fl.Huber(1.345, "mad")

@@ -164,6 +164,7 @@ def _solve(
     s = torch.maximum(_estimate("mad", k, r, w, x.shape[1] + objective.found_inside), floor)
     before: tuple[Tensor, Tensor] | None = None
     best, off, idle = s, torch.full_like(s, torch.inf), torch.zeros_like(s)
+    allowed = torch.full_like(s, _ACCEPTED)
     for _ in range(_STEPS):
         if not bool(s.isfinite().all()):
             off = torch.where(s.isfinite(), off, torch.inf)
@@ -176,10 +177,12 @@ def _solve(
         misfit = (new - s).abs() / s
         idle = torch.where(misfit < off / 2, 0.0, idle + 1)
         best, off = torch.where(misfit <= off, s, best), torch.minimum(off, misfit)
-        if bool(((off <= _CLOSE) | ((off <= _ACCEPTED) & (idle >= 3))).all()):
+        # Residuals are no more accurate than data that are far larger than they.
+        allowed = (floor / s).clamp_min(_ACCEPTED)
+        if bool(((off <= _CLOSE) | ((off <= allowed) & (idle >= 3))).all()):
             break
         before, s = (s, new), _ahead(s, new, before, (misfit > _CLOSE) & (idle % 3 < 2))
-    failed = ~(off <= _ACCEPTED)
+    failed = ~(off <= allowed)
     if objective.on_failure == "raise" and bool(failed.any()):
         _refuse(objective, estimator, float(s[failed][0]), float(off[failed][0]))
     smooth = torch.where(best > floor * (1 + _ACCEPTED), _smooth(estimator, r, w), 0.0)
