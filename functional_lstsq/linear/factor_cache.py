@@ -82,14 +82,14 @@ class Holder:
         self,
         settings: Settings,
         pattern: SparsePattern,
-        values: Tensor,
+        values: tuple[Tensor, ...],
         damp: Tensor | None,
     ) -> Small | None:
         """As `prepare`, for one of the matrices that `is_small` tells; None of one that has factors of another kind."""
-        if not self.serves(settings, pattern.indices, (values,), damp):
+        if not self.serves(settings, pattern.indices, values, damp):
             self.factors = None
             self.small = Small.of(settings.solver, settings.precision, pattern, values, damp)
-            self._remember(settings, pattern.indices, (values,), damp)
+            self._remember(settings, pattern.indices, values, damp)
         return self.small
 
     @property

@@ -52,8 +52,9 @@ def _solve_kernel(
         *nothing, made = _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
-    if weights is None and on_failure not in ("accept", LOW):
-        found = _solve_small(values, damp, b, c, known, token, indices, m, n, wanted)
+    if on_failure not in ("accept", LOW):
+        matrix = (values,) if weights is None else (values, weights)
+        found = _solve_small(matrix, damp, (b, e, c), known, token, indices, m, n, wanted)
         if found is not None:
             return found
 
@@ -67,10 +68,9 @@ def _solve_kernel(
 
 
 def _solve_small(
-    values: Tensor,
+    matrix: tuple[Tensor, ...],
     damp: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
+    slots: tuple[Tensor | None, Tensor | None, Tensor | None],
     known: Tensor | None,
     token: Tensor | None,
     indices: Tensor,
@@ -79,22 +79,21 @@ def _solve_small(
     wanted: Settings,
 ) -> tuple[Tensor, ...] | None:
     """As `solve_plainly`, in compiled code; None where that is not to be had, whatever the reason."""
-    right = c if b is None else b
+    k = next(t for t in slots if t is not None).shape[2]
     forward = token is None or is_kept(token)
     plain = not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
-    if right is None or not (plain and is_small(wanted.solver, values, n, right.shape[2])):
+    if not (plain and m and is_small(wanted.solver, matrix[0], n, k)):
         return None
     keeper, pattern = Holder.of(token), find_pattern(indices, m, n)
-    if is_kept(token) and keeper.is_filled and not keeper.serves(wanted, pattern.indices, (values,), damp):
+    if is_kept(token) and keeper.is_filled and not keeper.serves(wanted, pattern.indices, matrix, damp):
         keeper = Holder()
-    small = keeper.prepare_small(wanted, pattern, values, damp)
+    small = keeper.prepare_small(wanted, pattern, matrix, damp)
     answer = None if not forward else "residual_error" if wanted.wide else "solution_error"
-    found = None if small is None else small.solve(b, c, known, answer)
+    found = None if small is None else small.solve(slots, known, answer)
     if found is None:
         return None
-    r, x, report = found
     token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
-    return r, r.new_zeros((len(r), 0, r.shape[2])), x, report, token
+    return *found, token
 
 
 def _system(

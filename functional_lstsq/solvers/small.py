@@ -34,16 +34,19 @@ class Small(NamedTuple):
     tried: int
 
     @classmethod
-    def of(cls, solver: Solver, precision: float, pattern: SparsePattern, values: Tensor, damp: Tensor | None) -> Small:
-        """For values (P, nnz) and a damping (P, 1), (P, n) or None, where `is_small` holds."""
+    def of(
+        cls, solver: Solver, precision: float, pattern: SparsePattern, matrix: tuple[Tensor, ...], damp: Tensor | None
+    ) -> Small:
+        """For a `matrix` of values (P, nnz), and of weights (P, m) if there are any, and a damping (P, 1) or (P, n)."""
         tried = _by_choice() if type(solver) is Auto else 0
         accept = Solver().threshold(precision) if type(solver) is Auto else solver.threshold(precision)
-        return cls(small_kernels.factor(pattern, values, damp), accept, precision, tried)
+        weights = matrix[1] if len(matrix) > 1 else None
+        return cls(small_kernels.factor(pattern, matrix[0], weights, damp), accept, precision, tried)
 
     def solve(
-        self, b: Tensor | None, c: Tensor | None, known: Tensor | None, answer: str | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(r, x, packed report) of K (r, x) = (b, c), None for zero; None where the loops leave it to others.
+        self, slots: tuple[Tensor | None, Tensor | None, Tensor | None], known: Tensor | None, answer: str | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """(r, s, x, packed report) for `slots` (b, e, c), None for zeros; None where the loops leave it to others.
 
         Args:
             known: as of `verdict.settle`.
@@ -51,7 +54,9 @@ class Small(NamedTuple):
         """
         whose = {None: 0.0, "residual_error": small_kernels.RESIDUAL, "solution_error": small_kernels.SOLUTION}[answer]
         codes = float(CONVERGED), float(method_code("dense-cholesky")), float(self.tried), whose
-        return small_kernels.solve(self.factors, b, c, known, self.precision, self.accept, codes, len(Report._fields))
+        return small_kernels.solve(
+            self.factors, slots, known, (self.precision, self.accept), codes, len(Report._fields)
+        )
 
 
 def is_small(solver: Solver, values: Tensor, n: int, columns: int) -> bool:

@@ -13,6 +13,7 @@ from .compiled import _ONE, _jit, claim, conjugate, part, square
 
 _STEPS, _INVERSE_STEPS = 5, 3  # of power iterations; the largest eigenvalues of inverses lie further apart
 _PLAIN = 1e4  # condition number up to which a factor alone is right to four digits
+_EVEN = 1e-6  # ratio of weights that are not zero, down to which a Cholesky factor does
 LEAST, MOST = 2.0**-100, 2.0**100  # norms of columns and right-hand sides, whose squares and products are numbers
 WELL, LARGEST, SMALLEST, SIZE, CONDITION, NORM, UNIT = range(7)  # what `small_factor` tells of a matrix
 
@@ -149,16 +150,24 @@ def dense_factor(counter, chunk, zero, pointers, indices, values, d2, start, L, 
 
 
 @part
-def _scale(pointers, indices, values, damp, S, D, N, d2):
-    """S = A D^-1 with columns of norms N from 1 to 2, d2 = (d D^-1)^2; whether all is of usual size."""
-    n = len(D)
+def _scale(pointers, indices, values, weights, damp, S, V, D, N, d2):
+    """S = A D^-1, V = W^(1/2) S with columns of norms N from 1 to 2, d2 = (d D^-1)^2; whether all is of usual size."""
+    (n, m), most = (len(D), len(pointers) - 1), 1.0
     for j in range(n):
         d = damp[j] if len(damp) == n else damp[0] if len(damp) else 0.0
         if not d >= 0:
             return False
         d2[j], N[j] = d, d**2
-    for e in range(len(values)):
-        N[indices[e]] += square(values[e])
+    for i in range(len(weights)):
+        most = weights[i] if i == 0 else max(most, weights[i])
+    if not LEAST <= most <= MOST:
+        return False
+    for i in range(m):
+        weight = weights[i] if len(weights) else 1.0
+        if not (weight == 0 or _EVEN * most <= weight):
+            return False
+        for e in range(pointers[i], pointers[i + 1]):
+            N[indices[e]] += weight * square(values[e])
     for j in range(n):
         norm = math.sqrt(N[j])
         if not LEAST <= norm <= MOST:
@@ -166,16 +175,19 @@ def _scale(pointers, indices, values, damp, S, D, N, d2):
         D[j] = math.ldexp(1.0, math.frexp(norm)[1] - 1)
         N[j] = norm / D[j]
         d2[j] = (d2[j] / D[j]) ** 2
-    for e in range(len(values)):
-        S[e] = values[e] / D[indices[e]]
-        if S[e] == 0 and values[e] != 0:
-            return False
+    for i in range(m):
+        root = math.sqrt(weights[i]) if len(weights) else 1.0
+        for e in range(pointers[i], pointers[i + 1]):
+            S[e] = values[e] / D[indices[e]]
+            V[e] = root * S[e]
+            if S[e] == 0 and values[e] != 0:
+                return False
     return True
 
 
 @part
 def _decompose(G, M, D, N, d2, told, start, v, w, zero):
-    """L in the place of G = A^H A, given the lower triangle of that, and what is told of it; M is room for work."""
+    """L in the place of G = A^H W A, given the lower triangle of that, and what is told of it; M is room for work."""
     n = len(D)
     told[SIZE] = told[NORM] = 0.0
     told[UNIT] = D[0]
@@ -205,22 +217,23 @@ def _decompose(G, M, D, N, d2, told, start, v, w, zero):
 
 
 @_jit
-def small_factor(counter, chunk, zero, pointers, indices, values, damp, start, S, D, N, d2, L, told):
+def small_factor(counter, chunk, zero, pointers, indices, values, weights, damp, start, S, D, N, d2, L, told):
     """The factors of every matrix: see `_scale`, L (P, n, n), and what else is to be known (P, 7).
 
     Args:
         values: (P, nnz) row by row.
+        weights: (P, 0) for ones, or (P, m).
         damp: (P, 0) for none, (P, 1) or (P, n).
         start: (4, n) vectors with a part in every direction.
     """
     copies, n = D.shape
-    v, w, M = np.empty(n, L.dtype), np.empty(n, L.dtype), np.empty((n, n), L.dtype)
+    v, w, M, V = np.empty(n, L.dtype), np.empty(n, L.dtype), np.empty((n, n), L.dtype), np.empty(S.shape[1], L.dtype)
     while True:
         first = claim(counter) * chunk
         if first >= copies:
             return
         for p in range(first, min(first + chunk, copies)):
             told[p, WELL] = 0.0
-            if _scale(pointers, indices, values[p], damp[p], S[p], D[p], N[p], d2[p]):
-                lower_gram(pointers, indices, S[p], zero, L[p])
+            if _scale(pointers, indices, values[p], weights[p], damp[p], S[p], V, D[p], N[p], d2[p]):
+                lower_gram(pointers, indices, V, zero, L[p])
                 _decompose(L[p], M, D[p], N[p], d2[p], told[p], start, v, w, zero)

@@ -23,6 +23,7 @@ class Factors(NamedTuple):
     """What `compiled_small.small_factor` gives, and what solves take beside it."""
 
     A: Matrix  # its columns scaled
+    weights: np.ndarray
     D: np.ndarray
     d2: np.ndarray
     L: np.ndarray
@@ -30,43 +31,48 @@ class Factors(NamedTuple):
     m: int
 
 
-def factor(pattern: SparsePattern, values: Tensor, damp: Tensor | None) -> Factors:
-    """For values (P, nnz) and damp (P, 1), (P, n) or None."""
+def factor(pattern: SparsePattern, values: Tensor, weights: Tensor | None, damp: Tensor | None) -> Factors:
+    """For values (P, nnz), weights (P, m) or None and damp (P, 1), (P, n) or None."""
     given, (copies, n) = RowByRow(pattern, values).arrays, (len(values), pattern.shape[1])
     scaled, L = np.empty_like(given.values), np.empty((copies, n, n), given.values.dtype)
     D, N, d2 = np.empty((3, copies, n))
-    told, d = np.empty((copies, _TOLD)), np.empty((copies, 0)) if damp is None else array(damp)
+    w, d = (np.empty((copies, 0)) if t is None else array(t) for t in (weights, damp))
+    told, start = np.empty((copies, _TOLD)), in_every_direction(n)
     work = copies * (n**3 // 6 + 100 * n**2 + multiplications(pattern))
     key = "small_factor", L.dtype, given.pointers.itemsize
-    shape = given.zero, given.pointers, given.indices
-    run("small_factor", key, copies, work, *shape, given.values, d, in_every_direction(n), scaled, D, N, d2, L, told)
-    return Factors(given._replace(values=scaled), D, d2, L, told, pattern.shape[0])
+    run("small_factor", key, copies, work, *_matrix(given), w, d, start, scaled, D, N, d2, L, told)
+    return Factors(given._replace(values=scaled), w, D, d2, L, told, pattern.shape[0])
 
 
 def solve(
     factors: Factors,
-    b: Tensor | None,
-    c: Tensor | None,
+    slots: tuple[Tensor | None, Tensor | None, Tensor | None],
     known: Tensor | None,
-    precision: float,
-    accept: float,
+    limits: tuple[float, float],
     codes: tuple[float, float, float, float],
     fields: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(r, x, report (P, fields, k)), or None where there is none of a column."""
-    A, D, d2, L, told, m = factors
-    (copies, n), k = D.shape, next(t for t in (b, c) if t is not None).shape[2]
-    right = (np.zeros((copies, rows, k), L.dtype) if t is None else array(t) for t, rows in ((b, m), (c, n)))
-    r, x, report = np.empty((copies, m, k), L.dtype), np.empty((copies, n, k), L.dtype), np.empty((copies, fields, k))
-    about = np.empty((copies, 0, k)) if known is None else array(known)
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(r, s, x, report (P, fields, k)) for `slots` (b, e, c), or None where there is no solution of a column."""
+    A, weights, D, d2, L, told, m = factors
+    (copies, n), k = D.shape, next(t for t in slots if t is not None).shape[2]
+    rows = weights.shape[1]
+    b, e, c = (
+        np.zeros((copies, size, k), L.dtype) if t is None else array(t)
+        for t, size in zip(slots, (m, 0, n), strict=True)
+    )
+    r, s, x = (np.empty((copies, size, k), L.dtype) for size in (m, rows, n))
+    about, report = np.empty((copies, 0, k)) if known is None else array(known), np.empty((copies, fields, k))
     work = copies * k * 8 * (n**2 + 2 * A.values.shape[1])
     key = "small_solve", L.dtype, A.pointers.itemsize
-    shape = A.zero, A.pointers, A.indices, A.values
-    numbers = about, _signs(m + n), (precision, accept), codes
-    run("small_solve", key, copies * k, work, *shape, D, d2, L, told, *right, *numbers, r, x, report)
+    given = *_matrix(A), weights, D, d2, L, told, b, e, c, about, _signs(m + n), limits, codes
+    run("small_solve", key, copies * k, work, *given, r, s, x, report)
     if np.isnan(report[:, 0]).any():
         return None
-    return torch.from_numpy(r), torch.from_numpy(x), torch.from_numpy(report)
+    return torch.from_numpy(r), torch.from_numpy(s), torch.from_numpy(x), torch.from_numpy(report)
+
+
+def _matrix(A: Matrix) -> tuple:
+    return A.zero, A.pointers, A.indices, A.values
 
 
 @functools.lru_cache(maxsize=16)
