@@ -30,14 +30,17 @@ N = I - K K^+ and t = (b, c):
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..result import Report
 from ..sparse.double_double import two_product
+from ..sparse.pattern import SparsePattern
 from ..sparse.products import multiply
 from ..torch_func.primitive import beside, differentiate
-from ..torch_func.tracing import concrete, in_graph, is_traced
+from ..torch_func.tracing import concrete, in_graph, is_traced, unseen_by_transforms
 from .factor_cache import of_solve
 from .gradient import LowParts, OfSystem, Static, Unseen, gradient, low_parts, may_matter, multiplier, without_idle
 from .kernel import LOW, solve_kernel
@@ -91,7 +94,7 @@ class Solve(OfSystem):
             weights_bar = (q.conj() * r).sum(2).real
         if needed[2]:
             damp_bar = _inner(l_x, x, damp)
-            if judged:
+            if judged and may_matter(report):
                 _, low_x = low_parts(static, values, weights, damp, (b, e, c), (r, s, x), report, token, indices)
                 _, low_l = low_parts(static, values, weights, damp, bars, adjoint, report, token, indices)
                 damp_bar = damp_bar + _inner(low_l, x, damp) + _inner(l_x, low_x, damp)
@@ -210,11 +213,22 @@ def _inner(l: Tensor, x: Tensor, damp: Tensor) -> Tensor:  # noqa: E741
     copies, n, k = x.shape
     if damp.shape[1] != 1:
         return (l.conj() * x).sum(2).real
-    row, places = l.transpose(1, 2).reshape(copies * k, n).conj(), torch.arange(n, device=x.device)
-    columns = x.transpose(1, 2).reshape(copies * k, n, 1)
-    of_row = torch.stack([torch.zeros_like(places), places])
+    row, columns = l.transpose(1, 2).reshape(copies * k, n).conj(), x.transpose(1, 2).reshape(copies * k, n, 1)
+    of_row = _of_row(n, x.device) if is_traced(x) else _kept_row(n, x.device).indices
     found = multiply(row.resolve_conj(), columns, of_row, 1, n, exact=True)
     return found.reshape(copies, k).sum(1, keepdim=True).real
+
+
+def _of_row(n: int, device: torch.device) -> Tensor:
+    places = torch.arange(n, device=device)
+    return torch.stack([torch.zeros_like(places), places])
+
+
+@lru_cache(maxsize=16)
+def _kept_row(n: int, device: torch.device) -> SparsePattern:
+    """The pattern of a full row, which takes longer to make than a product with it."""
+    with unseen_by_transforms(), torch.inference_mode(False):
+        return SparsePattern(_of_row(n, device), (1, n))
 
 
 def _along_damp(damp: Tensor, damp_dot: Tensor, x: Tensor, low_x: Tensor | None) -> tuple[Tensor, Tensor | float]:

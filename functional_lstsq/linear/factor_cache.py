@@ -79,18 +79,20 @@ class Holder:
         return self.system, self.factors
 
     def prepare_small(
-        self,
-        settings: Settings,
-        pattern: SparsePattern,
-        values: tuple[Tensor, ...],
-        damp: Tensor | None,
+        self, settings: Settings, pattern: SparsePattern, values: tuple[Tensor, ...], damp: Tensor | None
     ) -> Small | None:
         """As `prepare`, for one of the matrices that `is_small` tells; None of one that has factors of another kind."""
-        if not self.serves(settings, pattern.indices, values, damp):
+        if not self.serves_small(settings, pattern, values, damp):
             self.factors = None
             self.small = Small.of(settings.solver, settings.precision, pattern, values, damp)
             self._remember(settings, pattern.indices, values, damp)
         return self.small
+
+    def serves_small(
+        self, settings: Settings, pattern: SparsePattern, values: tuple[Tensor, ...], damp: Tensor | None
+    ) -> bool:
+        """As `serves`."""
+        return self.serves(settings, pattern.indices, values, damp)
 
     @property
     def is_filled(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..solvers.base import Factors
+from ..solvers.small import Small
 from ..solvers.system import EPS, System
 from ..sparse.base import norm
 from ..sparse.double_double import Pair, scaled
@@ -32,7 +33,6 @@ def low_parts(
 
     `known` holds (r, x, condition) without weights, (r, s, x, condition) with weights.
 
-
     Zeros where a tangent does not need it: rounding errors of s are magnified by the square of the condition number.
     For solutions of least norm without damping, in the place of x, c - A^H s: the part of c that A does not reach.
     """
@@ -45,8 +45,7 @@ def low_parts(
         c, s = ldexp(c, unit), ldexp(of_s[0], unit)
         if system.slack is not None:
             r = torch.where(system.slack < 1, (s - e) / system.weights[:, :, None], r)
-    beside = system.row_norm(r) / norm(y).clamp_min(torch.finfo(torch.float64).tiny)
-    needed = EPS * condition.real[:, 0].square() * (1 + beside) > _SMALL_ERROR
+    needed = _matter(condition, system.row_norm(r), norm(y))
     needed = (needed | minimum_norm) & system.A.everywhere(r.isfinite().all(1)) & y.isfinite().all(1)
     if not (system.A.has_exact_products and bool(needed.any())):
         return torch.zeros_like(r), torch.zeros_like(x)
@@ -78,3 +77,19 @@ def low_parts(
         low_x = system.scaling.rescaled(low_y, none, -1)
     low_s, low_x = (torch.where(part.isfinite(), part, 0.0) for part in (low_s, low_x))
     return low_s.contiguous(), low_x.contiguous()
+
+
+def none_of_small(small: Small, known: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Zeros as low parts of s and x of a small system, where none matters; else None, and `low_parts` finds them."""
+    m, n, weights = small.shape[0], small.shape[1], small.weights
+    r, *_, x, condition = known.split((m,) * (1 if weights is None else 2) + (n, 1), 1)
+    of_rows = r if weights is None else weights.sqrt()[:, :, None] * r
+    if bool(_matter(condition, norm(of_rows), norm(small.scale * x)).any()):
+        return None
+    return torch.zeros_like(r), torch.zeros_like(x)
+
+
+def _matter(condition: Tensor, of_r: Tensor, of_y: Tensor) -> Tensor:
+    """(P, k), for a condition number (P, 1, k) and norms of r and of x, columns scaled."""
+    beside = of_r / of_y.clamp_min(torch.finfo(torch.float64).tiny)
+    return EPS * condition.real[:, 0].square() * (1 + beside) > _SMALL_ERROR

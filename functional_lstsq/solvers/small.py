@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..result import CONVERGED, Report, method_code, tried_code
@@ -42,6 +43,22 @@ class Small(NamedTuple):
         accept = Solver().threshold(precision) if type(solver) is Auto else solver.threshold(precision)
         weights = matrix[1] if len(matrix) > 1 else None
         return cls(small_kernels.factor(pattern, matrix[0], weights, damp), accept, precision, tried)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return self.factors.m, self.factors.D.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """D (P, n, 1), by which columns are divided."""
+        return torch.from_numpy(self.factors.D)[:, :, None]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(P, m), None for ones."""
+        weights = self.factors.weights
+        return torch.from_numpy(weights) if weights.shape[1] else None
 
     def solve(
         self, slots: tuple[Tensor | None, Tensor | None, Tensor | None], known: Tensor | None, answer: str | None
