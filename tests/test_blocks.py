@@ -7,7 +7,7 @@ from torch.func import grad, vmap
 
 import functional_lstsq as fl
 from functional_lstsq.linear import blocks as rooms
-from functional_lstsq.linear import kernel
+from functional_lstsq.linear import small
 
 COLUMNS = 11  # in blocks of four: two whole ones, and a rest of three
 SHAPES = {"tall": (9, 5), "wide": (9, 14)}
@@ -32,7 +32,7 @@ def blocks(monkeypatch):
     for name in ("_BLOCK", "_FACTOR_BLOCK"):
         monkeypatch.setattr(rooms, name, 1)
     monkeypatch.setattr(rooms, "_FACTOR_COLUMNS", 4)
-    monkeypatch.setattr(kernel, "is_small", lambda *given: False)
+    monkeypatch.setattr(small, "is_small", lambda *given: False)
     monkeypatch.setattr(rooms, "_solve_block", counted)
     return widths
 

@@ -20,7 +20,8 @@ from ..linear.arguments import Problem, pose
 from ..linear.augmented import Solve
 from ..linear.factor_cache import Holder
 from ..linear.gradient import Static
-from ..linear.kernel import LOW, solve_plainly
+from ..linear.kernel import solve_plainly
+from ..linear.low_parts import LOW
 from ..linear.settings import Settings
 from ..result import Report, Solution, info_of
 from ..solvers import CGLS, Auto, Dense

@@ -5,7 +5,7 @@
   by operator_static, what is called of it, and operator_products, what solvers ask of it.
 - gradient: that by A, a primitive of its own, since what rounding has left out of a solution matters to its derivative.
 - kernel: the library operation behind both, plain tensors in, solution and report out; blocks: right-hand sides, some
-  at a time; refusals: what it refuses.
+  at a time; small: what is left to one call of compiled code; refusals: what it refuses.
 - settings: what a solve is asked for, as a text that a graph can carry; factor_cache: where factors live between a
   solve and its derivatives; factorization: a matrix with factors that a user keeps.
 - weighting: weights and constraints in the system. low_parts: what rounding has left out of a solution.

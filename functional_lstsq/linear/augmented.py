@@ -43,7 +43,8 @@ from ..torch_func.primitive import beside, differentiate
 from ..torch_func.tracing import concrete, in_graph, is_traced, unseen_by_transforms
 from .factor_cache import of_solve
 from .gradient import LowParts, OfSystem, Static, Unseen, gradient, low_parts, may_matter, multiplier, without_idle
-from .kernel import LOW, solve_kernel
+from .kernel import solve_kernel
+from .low_parts import LOW
 from .settings import Settings, settings_of
 from .verdict import describe_primal
 

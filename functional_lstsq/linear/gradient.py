@@ -20,7 +20,8 @@ from ..result import Report
 from ..sparse.products import OfProduct, left_out, multiply, sample
 from ..torch_func.primitive import Primitive, beside, extent, join_columns, join_matrices, split_columns, split_matrices
 from ..torch_func.tracing import concrete, is_traced
-from .kernel import LOW, solve_kernel
+from .kernel import solve_kernel
+from .low_parts import LOW
 from .settings import Settings
 
 _MATTERS = 100.0  # condition number below which rounding errors of s are nothing in a derivative

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ..result import CONVERGED, RANK_DEFICIENT, Report, method_code
 from ..solvers.memory import told_as_too_large
-from ..solvers.small import is_small
 from ..solvers.system import System
 from ..sparse.numerics import ldexp, power_of_two
-from ..sparse.pattern import SparsePattern, find_pattern
+from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..torch_func.primitive import define
 from .blocks import Asked, solve_in_parts
 from .factor_cache import Holder, is_kept
-from .low_parts import low_parts, none_of_small
+from .low_parts import LOW, low_parts
 from .refusals import (
     has_uneven_rows,
     refuse_derivative,
@@ -27,10 +26,9 @@ from .refusals import (
     require_solved,
 )
 from .settings import Settings, settings_of
+from .small import solve_small
 from .verdict import judge_range, tell_zeros
 from .weighting import enter, weigh
-
-LOW = "low"  # in the place of on_failure: what rounding has left out of a solution is asked for
 
 
 def _solve_kernel(
@@ -52,12 +50,9 @@ def _solve_kernel(
         *nothing, made = _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
+    given = values, weights, damp, b, e, c, known
     if on_failure != "accept":
-        matrix = (values,) if weights is None else (values, weights)
-        asked = wanted, find_pattern(indices, m, n), matrix, damp
-        found = (
-            _low_of_small(asked, known, token) if on_failure == LOW else _solve_small(asked, (b, e, c), known, token)
-        )
+        found = solve_small(given, token, indices, m, n, wanted, on_failure, _solve_kernel)
         if found is not None:
             return found
 
@@ -68,48 +63,6 @@ def _solve_kernel(
     if weights is not None:
         numbers["weights"] = (weights,)
     return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
-
-
-_OfSmall = tuple[Settings, SparsePattern, tuple[Tensor, ...], Tensor | None]  # (settings, pattern, matrix, damp)
-
-
-def _solve_small(
-    asked: _OfSmall,
-    slots: tuple[Tensor | None, Tensor | None, Tensor | None],
-    known: Tensor | None,
-    token: Tensor | None,
-) -> tuple[Tensor, ...] | None:
-    """As `solve_plainly`, in compiled code; None where that is not to be had, whatever the reason."""
-    (wanted, pattern, (values, *_), _), k = asked, next(t for t in slots if t is not None).shape[2]
-    forward = token is None or is_kept(token)
-    plain = not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
-    if not (plain and pattern.shape[0] and is_small(wanted.solver, values, pattern.shape[1], k)):
-        return None
-    keeper = Holder.of(token)
-    if is_kept(token) and keeper.is_filled and not keeper.serves_small(*asked):
-        keeper = Holder()
-    small = keeper.prepare_small(*asked)
-    answer = None if not forward else "residual_error" if wanted.wide else "solution_error"
-    found = None if small is None else small.solve(slots, known, answer)
-    if found is None:
-        return None
-    token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
-    return *found, token
-
-
-def _low_of_small(asked: _OfSmall, known: Tensor | None, token: Tensor | None) -> tuple[Tensor, ...] | None:
-    """Low parts of a solution that `_solve_small` gave, where there are none; else None."""
-    keeper = Holder.of(token)
-    if known is None or keeper.small is None or not keeper.serves_small(*asked):
-        return None
-    found = none_of_small(keeper.small, known)
-    if found is None:
-        return None
-    low_s, low_x = found
-    (copies, m, k), weighted = low_s.shape, len(asked[2]) > 1
-    report = low_s.new_zeros(Report.shape(copies, k), dtype=torch.float64)
-    empty = low_s.new_zeros((copies, m if weighted else 0, k))
-    return low_s, empty, low_x, report, torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 def _system(

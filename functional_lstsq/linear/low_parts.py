@@ -16,6 +16,7 @@ from ..sparse.base import norm
 from ..sparse.double_double import Pair, scaled
 from ..sparse.numerics import ldexp
 
+LOW = "low"  # in the place of on_failure: what rounding has left out of a solution is asked for
 _SMALL_ERROR = 1e-10  # of tangents, relative to what they are made of, that low parts would take away
 
 

@@ -62,8 +62,8 @@ class Small(NamedTuple):
 
     def solve(
         self, slots: tuple[Tensor | None, Tensor | None, Tensor | None], known: Tensor | None, answer: str | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """(r, s, x, packed report) for `slots` (b, e, c), None for zeros; None where the loops leave it to others.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(r, s, x, packed report, the matrices that are left to others) for `slots` (b, e, c), None for zeros.
 
         Args:
             known: as of `verdict.settle`.

@@ -157,7 +157,7 @@ def _scale(pointers, indices, values, weights, damp, S, V, D, N, d2):
         d = damp[j] if len(damp) == n else damp[0] if len(damp) else 0.0
         if not d >= 0:
             return False
-        d2[j], N[j] = d, d**2
+        d2[j], N[j] = d, d**2  # infinite for an unknown that is pinned at zero
     for i in range(len(weights)):
         most = weights[i] if i == 0 else max(most, weights[i])
     if not LEAST <= most <= MOST:
@@ -169,6 +169,10 @@ def _scale(pointers, indices, values, weights, damp, S, V, D, N, d2):
         for e in range(pointers[i], pointers[i + 1]):
             N[indices[e]] += weight * square(values[e])
     for j in range(n):
+        if math.isinf(d2[j]):
+            # It keeps to itself: an empty column, with a damping of one.
+            D[j], N[j], d2[j] = math.inf, 1.0, 1.0
+            continue
         norm = math.sqrt(N[j])
         if not LEAST <= norm <= MOST:
             return False
@@ -180,7 +184,7 @@ def _scale(pointers, indices, values, weights, damp, S, V, D, N, d2):
         for e in range(pointers[i], pointers[i + 1]):
             S[e] = values[e] / D[indices[e]]
             V[e] = root * S[e]
-            if S[e] == 0 and values[e] != 0:
+            if S[e] == 0 and values[e] != 0 and D[indices[e]] < math.inf:
                 return False
     return True
 
@@ -193,7 +197,7 @@ def _decompose(G, M, D, N, d2, told, start, v, w, zero):
     told[UNIT] = D[0]
     for j in range(n):
         told[SIZE] += G[j, j].real
-        told[NORM] += (N[j] * D[j]) ** 2
+        told[NORM] += (N[j] * D[j]) ** 2 if D[j] < math.inf else 0.0
         told[UNIT] = min(told[UNIT], D[j])
         G[j, j] += d2[j]
     told[SIZE], told[NORM] = math.sqrt(told[SIZE]), math.sqrt(told[NORM])

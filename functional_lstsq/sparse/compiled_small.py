@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from .compiled import _jit, claim, part, square
-from .compiled_dense import CONDITION, LARGEST, LEAST, MOST, NORM, SIZE, WELL
+from .compiled_dense import CONDITION, LARGEST, LEAST, MOST, NORM, SIZE, UNIT, WELL
 from .compiled_refinement import (
     EPS,
     TINY,
@@ -92,10 +92,46 @@ def _size_of_data(A, t):
 
 
 @part
+def _report(A, codes, precision, iterations, optimality, of_r, of_s, of_x, out):
+    out[1], out[2], out[3] = codes[1], iterations, optimality
+    out[4], out[5], out[6], out[7] = of_r, of_s, of_x, A.told[CONDITION]
+    out[8], out[9], out[10], out[11] = len(A.D), A.told[NORM], codes[2], precision / 2
+
+
+@part
+def _is_nothing(A, t, of_b, of_c):
+    """Whether x is nothing but zeros, and r is b: all unknowns are pinned, or all that is asked for is zero."""
+    if A.told[UNIT] == math.inf:
+        return of_b <= MOST
+    for i in range(len(t.b)):
+        if t.b[i] != 0 or (len(t.e) > 0 and t.e[i] != 0):
+            return False
+    for j in range(len(t.c)):
+        if t.c[j] != 0:
+            return False
+    return of_c == 0
+
+
+@part
+def _give_nothing(A, t, codes, precision, out):
+    """As `_solve`, where `_is_nothing` holds."""
+    for i in range(len(t.r)):
+        t.r[i] = t.b[i]
+        t.s[i] = weigh(A, t.r, t.e, i)
+    for j in range(len(t.y)):
+        t.e_y[j] = A.zero
+    half = precision / 2
+    _report(A, codes, precision, 1, 0.0, half, half, half, out)
+
+
+@part
 def _solve(A, t, known, noise, precision, accept, codes, out):
     """Whether (r, y) solves the system as well as it should, with a report into `out`; e_y is x then."""
     of_b, of_e, well = _size_of_data(A, t)
     of_c, largest, n = norm(t.c), A.told[LARGEST], len(t.y)
+    if well and _is_nothing(A, t, of_b, of_c):
+        _give_nothing(A, t, codes, precision, out)
+        return True
     if not (well and LEAST <= max(of_b, of_c) <= MOST):
         return False
     least_y = accept * (of_b * min(A.told[SIZE] / largest, 1.0) + of_c / largest) / largest
@@ -134,9 +170,7 @@ def _solve(A, t, known, noise, precision, accept, codes, out):
     if len(known) and not _is_of_use(A, t, t.s, t.e_y, (of_s, told[1]), known, accept):
         return False
     size = max(whole[0], EPS * (of_b + largest * whole[1]))
-    out[1], out[2], out[3] = codes[1], iterations, second / (largest * size + of_c)
-    out[4], out[5], out[6], out[7] = told[0], of_s, told[1], A.told[CONDITION]
-    out[8], out[9], out[10], out[11] = n, A.told[NORM], codes[2], precision / 2
+    _report(A, codes, precision, iterations, second / (largest * size + of_c), told[0], of_s, told[1], out)
     return True
 
 

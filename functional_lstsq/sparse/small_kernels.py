@@ -51,8 +51,8 @@ def solve(
     limits: tuple[float, float],
     codes: tuple[float, float, float, float],
     fields: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(r, s, x, report (P, fields, k)) for `slots` (b, e, c), or None where there is no solution of a column."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(r, s, x, report (P, fields, k), the matrices of which a column has no solution) for `slots` (b, e, c)."""
     A, weights, D, d2, L, told, m = factors
     (copies, n), k = D.shape, next(t for t in slots if t is not None).shape[2]
     rows = weights.shape[1]
@@ -66,9 +66,9 @@ def solve(
     key = "small_solve", L.dtype, A.pointers.itemsize
     given = *_matrix(A), weights, D, d2, L, told, b, e, c, about, _signs(m + n), limits, codes
     run("small_solve", key, copies * k, work, *given, r, s, x, report)
-    if np.isnan(report[:, 0]).any():
-        return None
-    return torch.from_numpy(r), torch.from_numpy(s), torch.from_numpy(x), torch.from_numpy(report)
+    found = torch.from_numpy(report)
+    failed = found[:, 0].isnan().any(1).nonzero()[:, 0]
+    return torch.from_numpy(r), torch.from_numpy(s), torch.from_numpy(x), found, failed
 
 
 def _matrix(A: Matrix) -> tuple:

@@ -1,0 +1,93 @@
+"""Small systems on their way through `solvers.small`: which may go there, and what becomes of those that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..result import Report
+from ..solvers.small import is_small
+from ..sparse.pattern import SparsePattern, find_pattern
+from .factor_cache import Holder, is_kept
+from .low_parts import LOW, none_of_small
+from .settings import Settings
+
+_Asked = tuple[Settings, SparsePattern, tuple[Tensor, ...], Tensor | None]  # (settings, pattern, matrix, damp)
+_Slots = tuple[Tensor | None, Tensor | None, Tensor | None]  # (b, e, c)
+
+
+def solve_small(
+    given: tuple[Tensor | None, ...],
+    token: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    wanted: Settings,
+    on_failure: str,
+    solve: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Tensor, ...] | None:
+    """(r, s, x, report, token), in compiled code; None where that is not to be had, whatever the reason.
+
+    Args:
+        given: (values, weights, damp, b, e, c, known), as of `solve`, which solves in any way.
+    """
+    values, weights, damp, b, e, c, known = given
+    assert values is not None
+    matrix = (values,) if weights is None else (values, weights)
+    asked = wanted, find_pattern(indices, m, n), matrix, damp
+    if on_failure == LOW:
+        return _low_parts(asked, known, token)
+    found, failed = _solve(asked, (b, e, c), known, token)
+    if found is None or not len(failed):
+        return found
+    others: list[Any] = [None if t is None else t[failed] for t in given]
+    own = Holder()
+    of_derivative = own.token() if token is not None and not is_kept(token) else None
+    try:
+        rest = solve(*others, of_derivative, indices, m, n, wanted.text, on_failure)
+    except torch.linalg.LinAlgError:  # which is to tell of all
+        return None
+    for whole, part in zip(found[:4], rest[:4], strict=True):
+        whole[failed] = part
+    return found
+
+
+def _solve(
+    asked: _Asked, slots: _Slots, known: Tensor | None, token: Tensor | None
+) -> tuple[tuple[Tensor, ...] | None, Tensor]:
+    """(what was found, the matrices of which that is nothing); None where it is of most of them."""
+    (wanted, pattern, (values, *_), _), k = asked, next(t for t in slots if t is not None).shape[2]
+    none, forward = torch.empty(0, dtype=torch.int64, device=values.device), token is None or is_kept(token)
+    plain = not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
+    if not (plain and pattern.shape[0] and is_small(wanted.solver, values, pattern.shape[1], k)):
+        return None, none
+    keeper = Holder.of(token)
+    if is_kept(token) and keeper.is_filled and not keeper.serves_small(*asked):
+        keeper = Holder()
+    small = keeper.prepare_small(*asked)
+    if small is None:
+        return None, none
+    answer = None if not forward else "residual_error" if wanted.wide else "solution_error"
+    *found, failed = small.solve(slots, known, answer)
+    if 2 * len(failed) >= len(values):
+        return None, none
+    token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
+    return (*found, token), failed
+
+
+def _low_parts(asked: _Asked, known: Tensor | None, token: Tensor | None) -> tuple[Tensor, ...] | None:
+    """Low parts of a solution that `_solve` gave, where there are none; else None."""
+    keeper = Holder.of(token)
+    if known is None or keeper.small is None or not keeper.serves_small(*asked):
+        return None
+    found = none_of_small(keeper.small, known)
+    if found is None:
+        return None
+    low_s, low_x = found
+    (copies, m, k), weighted = low_s.shape, len(asked[2]) > 1
+    report = low_s.new_zeros(Report.shape(copies, k), dtype=torch.float64)
+    empty = low_s.new_zeros((copies, m if weighted else 0, k))
+    return low_s, empty, low_x, report, torch.zeros(1, dtype=torch.int64, device="cpu")
