@@ -8,7 +8,7 @@ from .diagnostics import covariance, covariance_diagonal, leave_one_out, leverag
 from .errors import ConvergenceError, RankDeficientError, TooLarge
 from .fit import Fit
 from .fits.losses import Arctan, Cauchy, Hampel, Huber, SoftL1, Tukey
-from .fits.report import FitInfo
+from .fits.report import FitInfo, RobustInfo
 from .gauss_newton import gauss_newton
 from .kept_factors import factorize
 from .linear.bounds import BoundedInfo
@@ -46,6 +46,7 @@ __all__ = [
     "JacobianOperator",
     "LinearOperator",
     "RankDeficientError",
+    "RobustInfo",
     "SeparableFit",
     "SoftL1",
     "Solution",

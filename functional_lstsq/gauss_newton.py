@@ -15,7 +15,7 @@ from .fits.bounded import OnSet, within_bounds
 from .fits.jacobian import slopes_of
 from .fits.losses import loss_of
 from .fits.objective import Objective
-from .fits.report import FitInfo, FitReport
+from .fits.report import FitInfo, FitReport, scale_of
 from .fits.scale import minimum_with_scale
 from .fits.trees import as_residual, as_vector
 from .linear.arguments import check_numbers, check_rank
@@ -251,7 +251,7 @@ def minimum_of(
     x, numbers, blur, token, threshold = minimum_with_scale(asked, getattr(robust, "scale", None), begin, *every)
     leaves = (threshold[0], *(leaf[0] for leaf in every[1:]))
     x = (x if within is None else within.finished(x))[0]
-    info = _told(numbers, within)
+    info = _told(numbers, scale_of(robust, threshold), within)
     study = Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
     return Found(x, dtype, info, rebuild(doubled), study)
 
@@ -288,8 +288,8 @@ def _check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any,
         )
 
 
-def _told(numbers: Tensor, within: OnSet | None) -> Any:
-    """What users are told, of the numbers (fields, 1) of a `FitReport`."""
+def _told(numbers: Tensor, scale: Tensor, within: OnSet | None) -> Any:
+    """What users are told, of the numbers (1, fields) of a `FitReport` and a scale (1,)."""
     report = FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
     info: Any = FitInfo(
         status_code=report.status.to(torch.int64),
@@ -299,6 +299,7 @@ def _told(numbers: Tensor, within: OnSet | None) -> Any:
         forward_error=report.forward_error,
         condition=report.condition,
         cost=report.cost,
+        scale=scale[0],
     )
     if within is None:
         return info

@@ -10,6 +10,7 @@ from torch import Tensor
 from .distributed.matrix import ShardedMatrix
 from .distributed.solve import solve_sharded
 from .errors import SCALE, ConvergenceError
+from .fits.report import RobustInfo
 from .fits.robust import fit_robustly
 from .linear.arguments import Problem, pose
 from .linear.augmented import solve_augmented
@@ -17,7 +18,7 @@ from .linear.bounds import pose_bounds, solve_bounded
 from .linear.factorization import Factorization
 from .linear.matrix_free import solve_matrix_free
 from .linear.settings import settings_of
-from .result import Report, Solution, SolveInfo, info_of, method_code
+from .result import Report, Solution, info_of, method_code
 from .sparse.matrix import SparseMatrix
 from .sparse.operator import LinearOperator
 from .sparse.precision import convert
@@ -166,10 +167,10 @@ def solve(
 
     Returns:
         `Solution(x, residual, info)`: x (n,) or (n, k), residual b - A x (m,) or (m, k), both differentiable, and a
-        `SolveInfo`, which is not; with bounds a `BoundedInfo`, which has `active`, -1 for an unknown at its lower bound
-        and 1 at its upper one, `multipliers`, and `weak`, where strict complementarity fails. The residual is solved
-        for, as accurate as x, and so are its derivatives; those of b - A @ lstsq(A, b), which is what rounding leaves
-        of a difference, are not.
+        `SolveInfo`, which is not; of a robust fit a `RobustInfo`, which has its `scale`; with bounds a `BoundedInfo`,
+        which has `active`, -1 for an unknown at its lower bound and 1 at its upper one, `multipliers`, and `weak`,
+        where strict complementarity fails. The residual is solved for, as accurate as x, and so are its derivatives;
+        those of b - A @ lstsq(A, b), which is what rounding leaves of a difference, are not.
 
     Raises, cost and source: as `lstsq`; the residual is free where m >= n (of a LinearOperator, without weights).
 
@@ -243,8 +244,7 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
         # x = A^H s and A x + d^2 W^-1 s = b: each row has a damping of its own, infinite where the weight is zero.
         # What neither a weight nor a damping determines, 0 / 0, is marked by the other infinity.
         unweighted = torch.where(damp > 0, torch.inf, -torch.inf).to(damp.dtype)
-        # It has no derivative by that weight. In forward mode torch.where would give zero; this is zero too, and its
-        # tangent infinite, by which the derivative is none.
+        # Of no derivative by that weight torch.where makes zero in forward mode: this adds zero, whose tangent is none.
         unweighted = unweighted + weights * 1e200 * 1e200
         damp = torch.where(weights > 0, damp * weights.rsqrt(), unweighted)
     elif weights is not None:
@@ -270,14 +270,13 @@ def _weighted(name: str, numbers: Tensor, root: Tensor) -> Tensor:
 def _require_in_range(name: str, result: Tensor, lost: Tensor | None = None) -> None:
     if is_traced(result):
         return
-    gone = not bool(concrete(result).isfinite().all()) or (lost is not None and bool(concrete(lost).any()))
-    if gone:
+    if not bool(concrete(result).isfinite().all()) or (lost is not None and bool(concrete(lost).any())):
         raise ConvergenceError(f"{name} leaves the range of double precision", SCALE)
 
 
-def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, Tensor, SolveInfo]:
+def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, Tensor, RobustInfo]:
     """(x, b - A x, info) of a robust fit."""
-    x, fit = fit_robustly(problem, robust, _start(problem, throw), throw)
+    x, fit, scale = fit_robustly(problem, robust, _start(problem, throw), throw)
     unknown = torch.full_like(fit.status, torch.nan)
     report = Report(
         status=fit.status,
@@ -293,11 +292,12 @@ def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, 
         tried=torch.zeros_like(fit.status),
         rounding=unknown,
     )
-    info = info_of(Report(*(field[None] for field in report)), wide=False, single=problem.b.ndim == 1)
+    told = info_of(Report(*(field[None] for field in report)), wide=False, single=problem.b.ndim == 1)
+    info = RobustInfo(told, shaped(scale[None, None], problem)[0])
     if settings_of(problem.settings).minimum_norm:
         # The fit moves along no null vector, but A^+ does where the null space of A turns.
         x = run(problem._replace(b=problem.A.matmul(x), damp=None, weights=None), "raise" if throw else "return")[1][0]
-    x = x[:, 0] if problem.b.ndim == 1 else x
+    x = shaped(x[None], problem)
     residual = problem.b - problem.A.matmul(x)
     return rounded(x, problem, "x"), rounded(residual, problem, "the residual"), info
 

@@ -11,6 +11,7 @@ import functional_lstsq as fl
 # What functions give and raise; an alias; what is explained where it is used.
 _WITHOUT = {
     "BoundedInfo",
+    "RobustInfo",
     "ConvergenceError",
     "Factorization",
     "FitInfo",

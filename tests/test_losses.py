@@ -215,6 +215,27 @@ def test_a_scale_is_as_accurate_as_residuals_beside_far_larger_data(height, loss
     assert (fl.lstsq(A, b, robust=loss, x0=x) - x).abs().max() < allowed
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+def test_info_tells_the_scale(columns):
+    """That of mad is the median size of the residuals over 0.6745; one that is given is told as it is."""
+    generator = torch.Generator().manual_seed(0)
+    A, noise = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((40, 3), (40, columns)))
+    b = A.sum(1, keepdim=True) + noise
+    b = b[:, 0] if columns == 1 else b
+    A = A.to_sparse()
+    for loss, want in ((fl.Huber(), None), (fl.Cauchy(scale="mad"), None), (fl.Huber(1.5, scale=0.7), 0.7)):
+        x, r, info = fl.solve(A, b, robust=loss)
+        wanted = r.abs().quantile(0.5, 0) / 0.6744897501960817
+        wanted = wanted if want is None else torch.full_like(wanted, want)
+        close(info.scale, wanted, 1e-9)
+        assert info.status == "converged"
+        assert "scale=" in repr(info)
+        if columns == 1:
+            fit = fl.gauss_newton(lambda x, b: A.to_dense() @ x - b, x, (b,), robust=loss)
+            close(fit.info.scale, wanted, 1e-9)
+    assert fl.gauss_newton(lambda x: x - 1, torch.zeros(2).double()).info.scale.isnan()
+
+
 def test_nothing_said_is_a_scale_that_is_estimated():
     """In km as in m; a threshold that is given is in the units of the data."""
     assert fl.Huber() == fl.Huber(1.345, "mad")

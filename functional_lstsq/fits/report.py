@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import (
@@ -15,7 +16,17 @@ from ..errors import (
     nearer_start,
     other_start,
 )
-from ..result import CONVERGED, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT, STATUSES, html_table, info_rows, show
+from ..result import (
+    CONVERGED,
+    ITERATION_LIMIT,
+    NO_MINIMUM,
+    RANK_DEFICIENT,
+    STATUSES,
+    SolveInfo,
+    html_table,
+    info_rows,
+    show,
+)
 from ..torch_func.tracing import concrete
 
 
@@ -70,6 +81,7 @@ class FitInfo(NamedTuple):
             a minimum is accepted.
         condition: estimate of the 2-norm condition number of the Jacobian with its columns scaled to norm 1.
         cost: half the sum of squares, or the sum of the robust losses.
+        scale: of a robust fit, by which its loss divides residuals: as estimated, or given, or 1; NaN of another.
     """
 
     status_code: Tensor
@@ -79,6 +91,7 @@ class FitInfo(NamedTuple):
     forward_error: Tensor
     condition: Tensor
     cost: Tensor
+    scale: Tensor
 
     @property
     def status(self) -> str:
@@ -91,6 +104,38 @@ class FitInfo(NamedTuple):
 
     def _repr_html_(self) -> str:
         return html_table("FitInfo", info_rows(self))
+
+
+class RobustInfo(NamedTuple):
+    """What is known of a robust solution of `solve`: all of `SolveInfo`, by the same names, and the scale of residuals.
+
+    Attributes:
+        solve: the `SolveInfo` of the fit. `info.status` is `info.solve.status`, and so on.
+        scale: 0-d, or (k,) for b (m, k): by which the loss divides residuals, as it was estimated, or given, or 1.
+    """
+
+    solve: SolveInfo
+    scale: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.solve, name)
+
+    def __repr__(self) -> str:
+        return f"RobustInfo(scale={show(concrete(self.scale))}, solve={self.solve!r})"
+
+    def _repr_html_(self) -> str:
+        return html_table("RobustInfo", [*info_rows(self.solve), ("scale", show(concrete(self.scale)))])
+
+
+torch_pytree._register_namedtuple(RobustInfo, serialized_type_name="functional_lstsq.RobustInfo")
+
+
+def scale_of(robust: Any, threshold: Tensor) -> Tensor:
+    """By which a loss with this threshold (P,), that of residuals as they are, divides them."""
+    given = robust.threshold if robust is not None else torch.nan
+    return threshold.detach() / (given.detach() if isinstance(given, Tensor) else given)
 
 
 def check_fit(

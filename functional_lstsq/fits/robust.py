@@ -13,14 +13,14 @@ from ..solvers.system import EPS
 from ..sparse.products import multiply
 from .losses import loss_of
 from .objective import Objective
-from .report import FitReport
+from .report import FitReport, scale_of
 from .scale import minimum_with_scale
 
 _ITERATIONS = 200
 
 
-def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple[Tensor, FitReport]:
-    """(x (n, k), report of shape (k,)) of a posed problem, from `start` (n, k).
+def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple[Tensor, FitReport, Tensor]:
+    """(x (n, k), report of shape (k,), scales (k,)) of a posed problem, from `start` (n, k).
 
     Every column has weights of its own, so that k columns are k problems.
     """
@@ -62,5 +62,5 @@ def fit_robustly(problem: Any, robust: Any, start: Tensor, throw: bool) -> tuple
     k = b.shape[0]
     threshold, damp, weights, values = (t.expand(k, *t.shape) for t in (threshold, damp, weights, problem.A.values))
     leaves = (threshold, damp, weights, values, b)
-    x, report, *_ = minimum_with_scale(objective, robust.scale, start.detach().T, *leaves)
-    return x.T, FitReport.unpacked(report)
+    x, report, _, _, threshold = minimum_with_scale(objective, robust.scale, start.detach().T, *leaves)
+    return x.T, FitReport.unpacked(report), scale_of(robust, threshold)
