@@ -69,6 +69,7 @@ def test_every_public_name_is_in_the_table():
         "BoundedInfo",
         "FitInfo",
         "Factorization",
+        "RobustInfo",
         "SeparableFit",
         "Solution",
         "SolveInfo",
