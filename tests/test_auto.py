@@ -208,6 +208,10 @@ def test_iterating_is_left_for_a_factor_when_it_promises_to_take_longer(monkeypa
     assert found.info.tried == "CGLS (a factor costs more): iteration limit reached, then Direct (a factor costs less)"
     assert len(calls) < n / 4
     close(found.x, truth, 1e-10)
+    # The pattern remembers it for nine solves; then values may have changed for the better.
+    said = [fl.solve(A, A @ truth, solver=watched).info.tried for _ in range(10)]
+    assert said == 9 * ["Direct (a factor costs less)"] + [found.info.tried]
+    assert fl.Auto(dense_columns=1, dense_bytes=1).predict(A)[0].method == "Direct"
 
 
 def test_what_is_predicted_is_what_is_done():

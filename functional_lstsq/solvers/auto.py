@@ -69,6 +69,8 @@ class Auto(Solver):
 
     def prepare(self, system: System, *, minimum_norm: bool) -> _Chain:
         """Choose methods; the first is prepared when it is first needed."""
+        if system.A.has_entries:
+            costs.Lately.of(system.A.pattern).begin()
         return _Chain(self._plan_in_memory(system), system, minimum_norm)
 
     def plan(self, system: System) -> Iterator[_Step]:
@@ -95,8 +97,8 @@ class Auto(Solver):
         sparse_fits = analysis.bytes_before <= self.direct.room
         sparse = products + costs.ordering(min(analysis.products, n**2)) if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
-        if not self.factor and costs.PATIENCE * costs.iteration(iteration) < factor < math.inf:
-            patience = factor / costs.iteration(iteration)
+        patience, lately = factor / costs.iteration(iteration), costs.Lately.of(system.A.pattern)
+        if not self.factor and costs.PATIENCE < patience < math.inf and lately.is_worth_it():
             yield _Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
@@ -198,8 +200,6 @@ class _Step(NamedTuple):
 
     def too_dear(self, prepared: Factors | None, columns: int) -> bool:
         """Whether so many right-hand sides are better left to a factor, by the iterations that are known of."""
-        if self.factor == math.inf:
-            return False
         iterations = float(prepared.iterations.max()) if isinstance(prepared, Iteration) else costs.FEWEST
         seconds = costs.SOLVE * iterations * columns * self.iteration / 2
         return seconds > self.factor + costs.FACTORED * columns * self.iteration
@@ -259,6 +259,8 @@ class _Chain(Factors):
                 self.first = index
                 break
             self.failures[index] = *said, worst
+            if step.patience < math.inf:
+                costs.Lately.of(self.system.A.pattern).gave_up()
         assert best is not None
         return best
 
@@ -285,8 +287,7 @@ class _Chain(Factors):
         self, b: Tensor, c: Tensor, start: Tensor | None, found: tuple[Tensor, Tensor, Report]
     ) -> tuple[Tensor, Tensor, Report]:
         """By the method that was used last."""
-        last = next(iter(self.prepared.values()), None)
-        return found if last is None else last.reach(b, c, start, found)
+        return next((factors.reach(b, c, start, found) for factors in self.prepared.values()), found)
 
     def _step(self, index: int) -> _Step | None:
         while len(self.steps) <= index:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..sparse.pattern import SparsePattern
+
 _FLOPS = 2e10  # operations a second in a dense or sparse factor
 _PRODUCTS = 1e8  # multiplications a second in a sparse product of two matrices
 _ORDERED = 1e6  # entries a second in an ordering
@@ -44,3 +46,33 @@ def ordering(entries: int) -> float:
 def sparse_factor(operations: float) -> float:
     """A sparse Cholesky factor."""
     return operations / _FLOPS
+
+
+_SPARED = 9  # solves in which iterating is not tried again
+
+
+class Lately:
+    """What is known of iterating with matrices on one pattern: where it gave up for a factor, it would do so again.
+
+    Values change in a training loop, and so may the condition number: every tenth time it is tried again.
+    """
+
+    def __init__(self):
+        self.spared = 0
+
+    @classmethod
+    def of(cls, pattern: SparsePattern) -> Lately:
+        """That of the pattern, which keeps it."""
+        return pattern.keep("lately", cls)
+
+    def begin(self) -> None:
+        """A solve begins."""
+        self.spared -= 1
+
+    def is_worth_it(self) -> bool:
+        """Whether to try."""
+        return self.spared <= 0
+
+    def gave_up(self) -> None:
+        """It was tried in vain."""
+        self.spared = 1 + _SPARED
