@@ -36,9 +36,16 @@ def solve_small(
     """
     values, weights, damp, b, e, c, known = given
     assert values is not None
+    low, forward = on_failure == LOW, token is None or is_kept(token)
+    k = next(t for t in (b, e, c) if t is not None).shape[2]
+    if low:
+        if Holder.of(token).small is None:
+            return None
+    elif not (m and _is_plain(wanted, known, forward) and is_small(wanted.solver, values, n, k)):
+        return None
     matrix = (values,) if weights is None else (values, weights)
     asked = wanted, find_pattern(indices, m, n), matrix, damp
-    if on_failure == LOW:
+    if low:
         return _low_parts(asked, known, token)
     found, failed = _solve(asked, (b, e, c), known, token)
     if found is None or not len(failed):
@@ -55,15 +62,17 @@ def solve_small(
     return found
 
 
+def _is_plain(wanted: Settings, known: Tensor | None, forward: bool) -> bool:
+    """Whether nothing is asked for that the loops do not know."""
+    return not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
+
+
 def _solve(
     asked: _Asked, slots: _Slots, known: Tensor | None, token: Tensor | None
 ) -> tuple[tuple[Tensor, ...] | None, Tensor]:
     """(what was found, the matrices of which that is nothing); None where it is of most of them."""
-    (wanted, pattern, (values, *_), _), k = asked, next(t for t in slots if t is not None).shape[2]
+    wanted, _, (values, *_), _ = asked
     none, forward = torch.empty(0, dtype=torch.int64, device=values.device), token is None or is_kept(token)
-    plain = not (wanted.minimum_norm or wanted.extended or wanted.tolerance) and (known is None or not forward)
-    if not (plain and pattern.shape[0] and is_small(wanted.solver, values, pattern.shape[1], k)):
-        return None, none
     keeper = Holder.of(token)
     if is_kept(token) and keeper.is_filled and not keeper.serves_small(*asked):
         keeper = Holder()
