@@ -235,3 +235,23 @@ def test_a_factor_is_preferred_to_iterating():
     A = fl.SparseMatrix(torch.where(rows == columns, 4.0, 0.5).double(), pattern)
     assert fl.Auto().predict(A)[0].method == "CGLS"
     assert fl.factorize(A).info.method in ("direct-rslab", "direct-superlu", "dense-cholesky")
+
+
+@pytest.mark.parametrize("shape", [(), (12,)], ids=str)
+def test_a_damping_that_is_changed_in_place_is_another(shape):
+    A, b = problem()
+    damp = torch.ones(shape, dtype=DOUBLE)
+    F = fl.factorize(A, damp=damp)
+    fl.lstsq(F, b)
+    damp.mul_(3)
+    assert torch.equal(fl.lstsq(F, b), fl.lstsq(A, b, damp=damp))
+
+
+def test_values_that_are_changed_in_inference_mode_are_others():
+    A, b = problem()
+    with torch.inference_mode():
+        values = A.values.clone()
+        F = fl.factorize(fl.SparseMatrix(values, A.pattern))
+        fl.lstsq(F, b)
+        values[0] *= 2
+        assert torch.equal(fl.lstsq(F, b), fl.lstsq(fl.SparseMatrix(values, A.pattern), b))

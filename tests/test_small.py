@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import close, problem
+from helpers import close, full_pattern, problem
 from rationals import distance, gradients, least_squares, size
-from torch.func import grad, jacfwd, jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import functional_lstsq as fl
 from functional_lstsq.linear import small
@@ -54,7 +54,8 @@ def test_solutions_and_gradients_are_exact_and_claims_are_honest(shape, dtype, w
     error = 2.0 ** (distance(solution.x, exact) - size(exact))
     assert error <= solution.info.forward_error
     assert solution.info.forward_error < 1e4 * eps
-    assert (weighted and m < n) or not any(left)
+    # Where nothing is left of b, not even rounding, it is for others to say what that means.
+    assert (weighted and m < n) or (m == n and damp is None) or not any(left)
     if dtype.is_complex or (damp is None and m < n):
         return
     want = gradients(A.to_dense(), b, c, damp, weights)
@@ -88,7 +89,7 @@ def test_reports_and_derivatives_are_those_by_tensor_operations(shape, damp, wei
     close(fast.residual, slow.residual, 1e-12)
     for name in ("condition", "norm"):
         close(getattr(fast.info, name), getattr(slow.info, name), 0.3)
-    for name in ("status", "method", "rank", "tried", "iterations"):
+    for name in ("status", "method", "rank", "tried", *(["iterations"] if parts == 2 else [])):
         assert getattr(fast.info, name) == pytest.approx(getattr(slow.info, name)), name
     for transform in (jacrev, jacfwd):
         for which in (0, 1):
@@ -105,6 +106,41 @@ HARD = {
     "b of 1e200": lambda A, b: (A, 1e200 * b),
     "b with a NaN": lambda A, b: (A, b / b.new_tensor([0] + [1] * 8) * 0),
 }
+
+
+@pytest.mark.parametrize("damp", [1e-3, 1e-6, 1e-9])
+def test_a_residual_far_below_the_rounding_of_b_has_derivatives_of_its_own_size(damp, monkeypatch):
+    """W r = -A^-H d^2 x for a square A, and the gradient of |W^(1/2) r|^2 by b is another d^2 below that."""
+    A, b = (torch.randn(*s, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for s in ((3, 3), (3,)))
+    w = torch.tensor([0.6, 1.4, 0.9], dtype=torch.float64)
+    matrix = fl.SparseMatrix.from_dense(A)
+    gradient = lambda: grad(  # noqa: E731
+        lambda b: (w * fl.solve(matrix, b, weights=w, damp=damp).residual.square()).sum()
+    )(b)
+    got, want = gradient(), by_operations(monkeypatch, gradient)
+    assert 0 < want.abs().max() < 1e4 * damp**4
+    close(got / want.abs().max(), want / want.abs().max(), 1e-9)
+
+
+@pytest.mark.parametrize(("of_A", "of_b"), [(1e-25, 1e25), (1e25, 1e-25), (1e23, 1e-20)])
+def test_what_leaves_the_range_of_single_precision_is_refused(of_A, of_b):
+    A = torch.tensor([[1.0, 2], [3, 1], [1, 1]]) * of_A
+    with pytest.raises(fl.ConvergenceError, match="range"):
+        fl.lstsq(A.to_sparse(), torch.tensor([1.0, 2, 3]) * of_b)
+
+
+def test_tangents_of_a_hard_member_beside_a_pinned_unknown(monkeypatch):
+    """The last is left to tensor operations, whose tangents need what rounding has left out of its solution."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64, generator=generator))[0]
+    bad, r = torch.stack([U[:, 0], U[:, 0] + 1e-5 * U[:, 1], U[:, 2]], 1), torch.arange(8.0).double().cos()
+    b = bad[:, :2].sum(1) + 1e4 * (r - U @ (U.T @ r))
+    V = torch.stack([*torch.randn(3, 8, 3, dtype=torch.float64, generator=generator), bad])
+    damp = torch.tensor([0.0, 0.0, torch.inf], dtype=torch.float64)
+    f = vmap(lambda v: fl.lstsq(fl.SparseMatrix(v.reshape(-1), full_pattern(8, 3)), b, damp=damp))
+    along = V[:, :, [1, 0, 2]] * torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+    tangent = lambda: jvp(f, (V,), (along,))[1]  # noqa: E731
+    close(tangent(), by_operations(monkeypatch, tangent), 1e-10)
 
 
 @pytest.mark.parametrize("what", HARD)

@@ -94,6 +94,9 @@ class Holder:
         """As `serves`."""
         return self.serves(settings, pattern.indices, values, damp)
 
+    def _versions(self) -> list[int]:
+        return [_version(t) for t in (*self.values, self.damp) if t is not None]
+
     @property
     def is_filled(self) -> bool:
         """Whether there are factors of any kind."""
@@ -102,14 +105,16 @@ class Holder:
     def _remember(
         self, settings: Settings, indices: Tensor | None, values: tuple[Tensor, ...], damp: Tensor | None
     ) -> None:
-        self.values, self.versions, self.damp = values, [_version(tensor) for tensor in values], damp
-        self.asked = settings, indices
+        # What is changed in place has another version, but for tensors of inference mode, which have none.
+        self.values = tuple(t.clone() if t.is_inference() else t for t in values)
+        self.damp = damp.clone() if damp is not None and damp.is_inference() else damp
+        self.versions, self.asked = self._versions(), (settings, indices)
 
     def serves(
         self, settings: Settings, indices: Tensor | None, values: tuple[Tensor, ...], damp: Tensor | None
     ) -> bool:
         """Whether its factors are those of this system."""
-        if not self.is_filled or [_version(tensor) for tensor in self.values] != self.versions:
+        if not self.is_filled or self._versions() != self.versions:
             return False
         if not self.asked[0].same_system(settings) or len(self.values) != len(values):
             return False

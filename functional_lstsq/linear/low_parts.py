@@ -85,7 +85,9 @@ def none_of_small(small: Small, known: Tensor) -> tuple[Tensor, Tensor] | None:
     m, n, weights = small.shape[0], small.shape[1], small.weights
     r, *_, x, condition = known.split((m,) * (1 if weights is None else 2) + (n, 1), 1)
     of_rows = r if weights is None else weights.sqrt()[:, :, None] * r
-    if bool(_matter(condition, norm(of_rows), norm(small.scale * x)).any()):
+    scale = small.scale
+    of_x = norm(torch.where(scale.isinf(), 0.0, scale) * x)  # without unknowns that are pinned at zero
+    if not small.is_whole or bool(_matter(condition, norm(of_rows), of_x).any()):
         return None
     return torch.zeros_like(r), torch.zeros_like(x)
 

@@ -50,8 +50,13 @@ class Small(NamedTuple):
         return self.factors.m, self.factors.D.shape[1]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether there are factors of all matrices."""
+        return bool((self.factors.told[:, 0] > 0).all())
+
+    @property
     def scale(self) -> Tensor:
-        """D (P, n, 1), by which columns are divided."""
+        """D (P, n, 1), by which columns are divided, infinite of a pinned unknown."""
         return torch.from_numpy(self.factors.D)[:, :, None]
 
     @property

@@ -1,7 +1,7 @@
 """Loops that Numba compiles: refinement of a solution of one small system, with what rounding does to it.
 
     A^H W A + d^2 = L L^H                                   columns of norms about 1, by powers of two D
-    e_y = (L L^H)^-1 (A^H s - d^2 y - c),  e_r = -A e_y     from r = b and y = 0, with s = W r + e
+    e_y = (L L^H)^-1 (A^H W r - d^2 y - c),  e_r = -A e_y   from r = b and y = 0
     r += e_r,  y += e_y                                     until corrections are small, or shrink no more
 
 As `solvers.refinement`, in double precision throughout.
@@ -18,6 +18,7 @@ from .compiled_dense import LARGEST, SIZE, SMALLEST, UNIT, divide
 EPS = 2.0**-52
 TINY = 2.3e-308
 _CORRECTIONS = 30
+_KEPT = 1e-8  # of a residual, which a correction may change before there is another
 
 
 class System(NamedTuple):
@@ -35,10 +36,10 @@ class System(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Vectors: right-hand sides (e may be empty), solution, correction, gradient, residual, and nothing."""
+    """Vectors: right-hand sides, what b holds of e, solution, correction, gradient, residual, and nothing."""
 
     b: Any
-    e: Any
+    shift: Any
     c: Any
     r: Any
     s: Any
@@ -90,27 +91,20 @@ def apply(A, y, out):
 
 
 @part
-def weigh(A, r, e, i):
-    """s_i = W_i r_i + e_i, for an e that may be empty for zeros."""
-    s = A.weights[i] * r[i] if len(A.weights) else r[i]
-    return s + e[i] if len(e) else s
-
-
-@part
-def _add_adjoint(A, r, e_, out):
-    """out += A^H (W r + e)"""
+def _add_adjoint(A, r, out):
+    """out += A^H W r"""
     for i in range(len(r)):
-        f = weigh(A, r, e_, i)
+        f = A.weights[i] * r[i] if len(A.weights) else r[i]
         for e in range(A.pointers[i], A.pointers[i + 1]):
             out[A.indices[e]] += conjugate(A.values[e]) * f
 
 
 @part
 def gradient(A, t):
-    """g = A^H (W r + e) - d^2 y - c"""
+    """g = A^H W r - d^2 y - c"""
     for j in range(len(t.g)):
         t.g[j] = -A.d2[j] * t.y[j] - t.c[j]
-    _add_adjoint(A, t.r, t.e, t.g)
+    _add_adjoint(A, t.r, t.g)
 
 
 @part
@@ -167,18 +161,20 @@ def refine(A, t, least):
         left = min(max(10 * rate, slowest), 1.0) if better else 1.0
         errors, previous = (left * moves[0], left * moves[1], left * moves[2]), moves
         shrinks = left * relative > 4 * EPS and (rate < 0.25 or iterations == 2)
+        # A residual that is nothing beside b may be far from nothing beside its rounding: two more for its own sake.
+        shrinks = shrinks or (iterations < 4 and moves[0] > _KEPT * whole[0])
         if not better or iterations == _CORRECTIONS or (iterations > 1 and not shrinks):
             return errors, whole, iterations
 
 
 @part
-def bound_of_rounding(A, t, whole, of_b, of_c, of_e):
+def bound_of_rounding(A, t, whole, of_b, of_c):
     """What rounding errors of the residuals can do: see `refinement`."""
     largest, sigma, of_d = A.told[LARGEST], A.told[SMALLEST] / 2, 0.0
     for j in range(len(t.y)):
         of_d += square(A.d2[j] * t.y[j])
-    first = 2 * EPS * (of_b + of_e + whole[0] + largest * whole[1])
-    second = 2 * EPS * (of_c + largest * (whole[0] + of_e) + math.sqrt(of_d))
+    first = 2 * EPS * (of_b + whole[0] + largest * whole[1])
+    second = 2 * EPS * (of_c + largest * whole[0] + math.sqrt(of_d))
     shift = first / sigma * min(A.told[SIZE] / sigma, 1.0) + second / sigma**2
     return first + second / sigma, shift, shift
 
@@ -193,7 +189,6 @@ def sample_of_rounding(A, t, noise):
             t.by_columns[j] = 0.0
         for i in range(m):
             total, size = 0.0, abs(t.r[i]) * (A.weights[i] if len(A.weights) else 1.0)
-            size += abs(t.e[i]) if len(t.e) else 0.0
             for e in range(A.pointers[i], A.pointers[i + 1]):
                 j = A.indices[e]
                 total += abs(A.values[e]) * abs(t.y[j])
@@ -201,7 +196,7 @@ def sample_of_rounding(A, t, noise):
             t.f[i] = EPS * (abs(t.b[i]) + abs(t.r[i]) + total) * signs[i]
         for j in range(n):  # the other residual, of which either sign is as good
             t.g[j] = EPS * (abs(t.c[j]) + t.by_columns[j] + A.d2[j] * abs(t.y[j])) * signs[m + j]
-        _add_adjoint(A, t.f, t.none, t.g)
+        _add_adjoint(A, t.f, t.g)
         _correct(A, t, t.f)
         sizes = _sizes(A, t.e_r, t.e_y)
         found = max(found[0], sizes[0]), max(found[1], sizes[1]), max(found[2], sizes[2])

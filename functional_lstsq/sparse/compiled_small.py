@@ -26,11 +26,12 @@ from .compiled_refinement import (
     relative_error,
     row_norm,
     sample_of_rounding,
-    weigh,
 )
 
 _BOUND = 1e-11  # relative rounding errors that need no residuals in extended precision
 _RESIDUAL = 1.0  # of `codes`
+_DOUBLE = 1e-10  # a precision below which results are not rounded to single precision, which has a range of its own
+_LEAST_SINGLE, _MOST_SINGLE = 1e-30, 1e38
 
 
 @part
@@ -76,19 +77,17 @@ def _is_of_use(A, t, s, x, errors, known, accept):
 
 
 @part
-def _size_of_data(A, t):
-    """(|W^(1/2) (b + W^-1 e)|, |W^(-1/2) e|, whether these are numbers)"""
-    if len(t.e) == 0:
-        return row_norm(A, t.b), 0.0, True
-    of_b, of_e = 0.0, 0.0
-    for i in range(len(t.b)):
-        weight = A.weights[i]
-        if weight > 0:
-            of_b += square(t.b[i] + t.e[i] / weight) * weight
-            of_e += square(t.e[i]) / weight
-        elif t.e[i] != 0:
-            return 0.0, 0.0, False
-    return math.sqrt(of_b), math.sqrt(of_e), True
+def _shift(A, t, e, p, column):
+    """Brings e into b, as W^-1 e, so that W r is s, right to its own size; whether that goes."""
+    for i in range(e.shape[1]):
+        if A.weights[i] > 0:
+            t.shift[i] = e[p, i, column] / A.weights[i]
+        elif e[p, i, column] == 0:
+            t.shift[i] = A.zero
+        else:
+            return False
+        t.b[i] += t.shift[i]
+    return True
 
 
 @part
@@ -104,7 +103,7 @@ def _is_nothing(A, t, of_b, of_c):
     if A.told[UNIT] == math.inf:
         return of_b <= MOST
     for i in range(len(t.b)):
-        if t.b[i] != 0 or (len(t.e) > 0 and t.e[i] != 0):
+        if t.b[i] != 0:
             return False
     for j in range(len(t.c)):
         if t.c[j] != 0:
@@ -117,7 +116,6 @@ def _give_nothing(A, t, codes, precision, out):
     """As `_solve`, where `_is_nothing` holds."""
     for i in range(len(t.r)):
         t.r[i] = t.b[i]
-        t.s[i] = weigh(A, t.r, t.e, i)
     for j in range(len(t.y)):
         t.e_y[j] = A.zero
     half = precision / 2
@@ -125,21 +123,29 @@ def _give_nothing(A, t, codes, precision, out):
 
 
 @part
+def _is_in_range(solution):
+    """Whether a solution may be rounded to single precision without a thought."""
+    largest = 0.0
+    for number in solution:
+        largest = max(largest, abs(number))
+    return largest == 0 or _LEAST_SINGLE <= largest <= _MOST_SINGLE
+
+
+@part
 def _solve(A, t, known, noise, precision, accept, codes, out):
     """Whether (r, y) solves the system as well as it should, with a report into `out`; e_y is x then."""
-    of_b, of_e, well = _size_of_data(A, t)
-    of_c, largest, n = norm(t.c), A.told[LARGEST], len(t.y)
-    if well and _is_nothing(A, t, of_b, of_c):
+    of_b, of_c, largest, n = row_norm(A, t.b), norm(t.c), A.told[LARGEST], len(t.y)
+    if _is_nothing(A, t, of_b, of_c):
         _give_nothing(A, t, codes, precision, out)
         return True
-    if not (well and LEAST <= max(of_b, of_c) <= MOST):
+    if not LEAST <= max(of_b, of_c) <= MOST:
         return False
     least_y = accept * (of_b * min(A.told[SIZE] / largest, 1.0) + of_c / largest) / largest
     least = max(accept * (of_b + of_c / largest), TINY), least_y
     left, whole, iterations = refine(A, t, least)
     if not (whole[0] > LEAST**2 and whole[2] > LEAST**2):
         return False
-    rounding = bound_of_rounding(A, t, whole, of_b, of_c, of_e)
+    rounding = bound_of_rounding(A, t, whole, of_b, of_c)
     if not relative_error(rounding, whole, least) <= _BOUND:
         rounding = sample_of_rounding(A, t, noise)
         if not relative_error(rounding, whole, least) <= _BOUND:
@@ -151,7 +157,7 @@ def _solve(A, t, known, noise, precision, accept, codes, out):
     for i in range(len(t.r)):
         t.e_r[i] = t.b[i] - (t.e_r[i] + t.r[i])
     first, second = row_norm(A, t.e_r), norm(t.g)
-    noises = 10 * EPS * (of_b + of_e + of_c + whole[0] + largest * whole[1])
+    noises = 10 * EPS * (of_b + of_c + whole[0] + largest * whole[1])
     least_r = (max(first, second / largest) - noises) / 2
     if errors[0] < least_r and largest * errors[1] < least_r:
         errors = least_r, errors[1], errors[2]
@@ -162,9 +168,11 @@ def _solve(A, t, known, noise, precision, accept, codes, out):
         return False
     for j in range(n):
         t.e_y[j] = t.y[j] / A.D[j]
+    if codes[3] > 0 and precision > _DOUBLE and not _is_in_range(t.r if codes[3] == _RESIDUAL else t.e_y):
+        return False
     root = 0.0
     for i in range(len(t.r)):
-        t.s[i] = weigh(A, t.r, t.e, i)
+        t.s[i] = A.weights[i] * t.r[i] if len(A.weights) else t.r[i]
         root = max(root, math.sqrt(A.weights[i]) if len(A.weights) else 1.0)
     of_s = told[0] * root * whole[0] / max(norm(t.s), TINY) if len(A.weights) else told[0]
     if len(known) and not _is_of_use(A, t, t.s, t.e_y, (of_s, told[1]), known, accept):
@@ -195,7 +203,8 @@ def small_solve(
     (copies, m, k), n, kind = b.shape, D.shape[1], L.dtype
     of_rows, of_columns = np.empty((5, m), kind), np.empty((4, n), kind)
     t = Work(
-        of_rows[0], np.empty(e.shape[1], kind), of_columns[0], of_rows[1], of_rows[2], of_columns[1], of_rows[3],
+        of_rows[0],
+        np.empty(e.shape[1], kind), of_columns[0], of_rows[1], of_rows[2], of_columns[1], of_rows[3],
         of_columns[2], of_columns[3], of_rows[4], np.empty(n), np.empty(0, kind),
     )  # fmt: skip
     while True:
@@ -210,16 +219,16 @@ def small_solve(
             A = System(pointers, indices, S[p], weights[p], D[p], d2[p], L[p], told[p], zero)
             for i in range(m):
                 t.b[i] = b[p, i, column]
-            for i in range(len(t.e)):
-                t.e[i] = e[p, i, column]
             for j in range(n):
                 t.c[j] = c[p, j, column] / D[p, j]
+            if not _shift(A, t, e, p, column):
+                continue
             about = known[p, :, column].copy()
             if _solve(A, t, about, noise, limits[0], limits[1], codes, report[p, :, column]):
                 for i in range(m):
-                    r[p, i, column] = t.r[i]
+                    r[p, i, column] = t.r[i] - t.shift[i] if len(t.shift) else t.r[i]
                 for i in range(s.shape[1]):
-                    s[p, i, column] = t.s[i]
+                    s[p, i, column] = weights[p, i] * t.r[i]
                 for j in range(n):
                     x[p, j, column] = t.e_y[j]
                 report[p, 0, column] = codes[0]
