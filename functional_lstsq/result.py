@@ -189,6 +189,13 @@ class SolveInfo(NamedTuple):
         return html_table("SolveInfo", info_rows(self))
 
 
+def of_solve(info: Any, name: str) -> Any:
+    """An attribute of the `SolveInfo` that `info` has as `solve`, for its `__getattr__`."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return getattr(info.solve, name)
+
+
 def _length(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.detach()))
 

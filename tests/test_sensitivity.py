@@ -8,16 +8,7 @@ from torch.func import grad, jacrev, vmap
 import functional_lstsq as fl
 
 PATTERN, VALUES, B = problem(14, 5)
-
-
 WEIGHTS = torch.linspace(0.5, 2, 14, dtype=torch.float64)
-
-
-def parts(v, weights):
-    A = dense(v, PATTERN)
-    W = torch.diag(torch.ones(14, dtype=v.dtype) if weights is None else weights)
-    covariance = torch.linalg.inv(A.mH @ W.to(v.dtype) @ A)
-    return A, W.to(v.dtype), covariance
 
 
 @pytest.mark.parametrize("solver", [None, fl.Dense(), fl.Direct(), fl.CGLS()], ids=repr)

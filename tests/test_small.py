@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import close, full_pattern, problem
 from rationals import distance, gradients, least_squares, size
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import functional_lstsq as fl
 from functional_lstsq.linear import small
@@ -20,8 +20,8 @@ def left(monkeypatch):
     """Appended to for each solve: whether it was left to tensor operations."""
     answers, solve = [], small._solve
 
-    def told(*given):
-        found = solve(*given)
+    def told(*given, **how):
+        found = solve(*given, **how)
         answers.append(found[0] is None or len(found[1]) > 0)
         return found
 
@@ -178,6 +178,13 @@ def test_pinned_unknowns_are_zero_and_the_others_are_solved_for_alone(pinned, we
     gradient = grad(lambda v: fl.lstsq(fl.SparseMatrix(v, pattern), b, damp=damp, weights=weights).sum())(values)
     assert not fl.SparseMatrix(gradient, pattern).to_dense()[:, pinned].any()
     assert not any(left)
+
+
+def test_a_cotangent_that_is_no_number_is_refused_where_all_unknowns_are_pinned():
+    pattern, values, b = problem(9, 4)
+    _, back = vjp(lambda b: fl.lstsq(fl.SparseMatrix(values, pattern), b, damp=torch.full((4,), torch.inf)), b)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        back(torch.full((4,), torch.nan, dtype=torch.float64))
 
 
 def test_zeros_solve_for_zeros(left):

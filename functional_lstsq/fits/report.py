@@ -25,6 +25,7 @@ from ..result import (
     SolveInfo,
     html_table,
     info_rows,
+    of_solve,
     show,
 )
 from ..torch_func.tracing import concrete
@@ -118,9 +119,7 @@ class RobustInfo(NamedTuple):
     scale: Tensor
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.solve, name)
+        return of_solve(self, name)
 
     def __repr__(self) -> str:
         return f"RobustInfo(scale={show(concrete(self.scale))}, solve={self.solve!r})"

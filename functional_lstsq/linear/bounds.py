@@ -17,7 +17,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import NAN, ConvergenceError
-from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, show
+from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, of_solve, show
 from ..sparse.matrix import SparseMatrix
 from ..sparse.precision import convert
 from ..sparse.products import multiply
@@ -52,9 +52,7 @@ class BoundedInfo(NamedTuple):
     weak: Tensor
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.solve, name)
+        return of_solve(self, name)
 
     def __repr__(self) -> str:
         numbers = (f"{name}={show(concrete(getattr(self, name)))}" for name in self._fields[1:])

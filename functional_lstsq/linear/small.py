@@ -47,12 +47,12 @@ def solve_small(
     asked = wanted, find_pattern(indices, m, n), matrix, damp
     if low:
         return _low_parts(asked, known, token)
-    found, failed = _solve(asked, (b, e, c), known, token)
+    found, failed = _solve(asked, (b, e, c), known, token, forward=forward)
     if found is None or not len(failed):
         return found
     others: list[Any] = [None if t is None else t[failed] for t in given]
     own = Holder()
-    of_derivative = own.token() if token is not None and not is_kept(token) else None
+    of_derivative = None if forward else own.token()
     try:
         rest = solve(*others, of_derivative, indices, m, n, wanted.text, on_failure)
     except torch.linalg.LinAlgError:  # which is to tell of all
@@ -68,11 +68,11 @@ def _is_plain(wanted: Settings, known: Tensor | None, forward: bool) -> bool:
 
 
 def _solve(
-    asked: _Asked, slots: _Slots, known: Tensor | None, token: Tensor | None
+    asked: _Asked, slots: _Slots, known: Tensor | None, token: Tensor | None, *, forward: bool
 ) -> tuple[tuple[Tensor, ...] | None, Tensor]:
     """(what was found, the matrices of which that is nothing); None where it is of most of them."""
     wanted, _, (values, *_), _ = asked
-    none, forward = torch.empty(0, dtype=torch.int64, device=values.device), token is None or is_kept(token)
+    none = torch.empty(0, dtype=torch.int64, device=values.device)
     keeper = Holder.of(token)
     if is_kept(token) and keeper.is_filled and not keeper.serves_small(*asked):
         keeper = Holder()

@@ -101,7 +101,7 @@ def _report(A, codes, precision, iterations, optimality, of_r, of_s, of_x, out):
 def _is_nothing(A, t, of_b, of_c):
     """Whether x is nothing but zeros, and r is b: all unknowns are pinned, or all that is asked for is zero."""
     if A.told[UNIT] == math.inf:
-        return of_b <= MOST
+        return of_b <= MOST and of_c <= MOST
     for i in range(len(t.b)):
         if t.b[i] != 0:
             return False
