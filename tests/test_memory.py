@@ -109,14 +109,20 @@ def resident():
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def grown(call, calls):
-    """MiB after so many calls beyond those after the first twenty."""
+def grows(call, calls, most):
+    """Whether so many calls, after twenty others, leave more than `most` MiB behind, and so many others again.
+
+    A leak goes on, while the allocator has its own reasons, once in some hundred such measurements.
+    """
     for i in range(20):
         call(1 + i / 1e4)
-    before = resident()
-    for i in range(calls):
-        call(1.1 + i / 1e4)
-    return resident() - before
+    for _ in range(3):
+        before = resident()
+        for i in range(calls):
+            call(1.1 + i / 1e4)
+        if resident() - before < most:
+            return False
+    return True
 
 
 @pytest.mark.slow
@@ -125,7 +131,7 @@ def grown(call, calls):
 def test_memory_comes_back(name):
     """Torch's product of two CSR matrices of this size loses 4.7 MiB in so many calls."""
     call, solver = CALLS.get(name, (OTHERS.get(name), ""))
-    assert grown(call if name in OTHERS else lambda k: call(k, SOLVERS[solver]), 100) < 1.5
+    assert not grows(call if name in OTHERS else lambda k: call(k, SOLVERS[solver]), 100, 1.5)
 
 
 @pytest.mark.slow
@@ -134,7 +140,8 @@ def test_memory_comes_back(name):
 def test_memory_comes_back_from_six_hundred_solves(solver):
     A = grid(6 if solver == "dense" else 10)  # a factor of 1,000 unknowns takes its time
     right = torch.linspace(0, 1, A.shape[0], dtype=torch.float64)
-    assert grown(lambda k: fl.lstsq(fl.SparseMatrix(k * A.values, A.pattern), right, solver=SOLVERS[solver]), 550) < 5
+    step = lambda k: fl.lstsq(fl.SparseMatrix(k * A.values, A.pattern), right, solver=SOLVERS[solver])  # noqa: E731
+    assert not grows(step, 550, 5)
 
 
 @pytest.mark.slow
@@ -154,7 +161,7 @@ def test_memory_comes_back_from_two_hundred_steps_of_training():
         gradient, x0 = grad(loss, has_aux=True)(v)
         v = v - 1e-5 * gradient
 
-    assert grown(step, 150) < 2
+    assert not grows(step, 150, 2)
 
 
 LIMITED = f"""
