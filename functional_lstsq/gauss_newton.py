@@ -10,7 +10,15 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .fit import Fit, Study
-from .fits.arguments import bounds_of, check_asked, of_residuals, taken_apart
+from .fits.arguments import (
+    bounds_of,
+    check_asked,
+    check_sizes,
+    check_tensors,
+    closed_residual,
+    taken_apart,
+    weights_of,
+)
 from .fits.bounded import OnSet, within_bounds
 from .fits.jacobian import slopes_of
 from .fits.losses import loss_of
@@ -18,9 +26,10 @@ from .fits.objective import Objective
 from .fits.report import FitInfo, FitReport, scale_of
 from .fits.scale import minimum_with_scale
 from .fits.trees import as_residual, as_vector
-from .linear.arguments import check_numbers, check_rank
+from .linear.arguments import check_rank
 from .linear.bounds import BoundedInfo
 from .linear.settings import Settings, check_solver
+from .solvers.system import EPS
 from .sparse.matrix import SparseMatrix
 from .sparse.pattern import SparsePattern
 from .sparse.precision import convert, double
@@ -187,35 +196,20 @@ def minimum_of(
     check_solver(solver, name)
     loss, threshold = loss_of(robust, x0.device)
     tensors, rebuild = taken_apart(args)
-    for tensor, where in ((x0, of_start), *((t, "args") for t in tensors)):
-        if tensor.layout != torch.strided:
-            raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
-        check_numbers(where, tensor)
+    check_tensors(x0, of_start, tensors)
     load_forward_mode()
     on_failure = "raise" if throw else "nan"
     start = x0.detach().to(torch.float64)
     doubled = [double(tensor, "the derivative by args", on_failure) for tensor in tensors]
-    function, r = _closed(lambda x, *t: residual(x, *rebuild(t)), of_function, of_start, start, doubled)
+    function, r = closed_residual(lambda x, *t: residual(x, *rebuild(t)), of_function, of_start, start, doubled)
     n, what = x0.shape[0], of_function if of_function == "residual" else f"the residual of {of_function}({of_start})"
     m = r.shape[0]
     limits = None if bounds is None else bounds_of(bounds, x0, on_failure)
-    _check_sizes(m, n, limits is not None, minimum_norm, robust, of_start)
-    if sigma is None:
-        weights = of_residuals("weights", weights, m, x0, on_failure)
-    else:
-        weights = of_residuals("sigma", sigma, m, x0, on_failure).square().reciprocal()
-    dtype, arithmetic = x0.dtype, max(torch.finfo(r.dtype).eps, torch.finfo(torch.float64).eps)
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype == torch.float64:
-            dtype = tensor.dtype
-
-    def in_double(x: Tensor, *given: Tensor) -> Tensor:
-        return function(x, *given).to(torch.float64)
-
-    def pull(x: Tensor, *given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        r, pulled = torch.func.vjp(lambda x: in_double(x, *given), x)  # type: ignore[misc]
-        return r, lambda y: pulled(y)[0]
-
+    check_sizes(m, n, limits is not None, minimum_norm, robust, of_start)
+    weights = weights_of(weights, sigma, m, x0, on_failure)
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype, arithmetic = torch.float64 if is_double else x0.dtype, max(torch.finfo(r.dtype).eps, EPS)
+    in_double, pull = _with_transpose(function)
     closed, found_inside = None, 0
     if further is not None:
         closed, others = close(lambda x, *t: further(x, *rebuild(t)), of_function, "args", start, *doubled)
@@ -242,8 +236,33 @@ def minimum_of(
         found_inside=found_inside,
     )
     leaves = (threshold, torch.zeros_like(threshold), weights, *doubled)
-    every, begin = tuple(leaf[None] for leaf in leaves), start[None]
-    within: OnSet | None = None
+    x, info, study = _descend(objective, start, leaves, limits, robust, dtype)
+    return Found(x, dtype, info, rebuild(doubled), study)
+
+
+def _with_transpose(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """`function` in double precision, and (x, *given) -> (its result, y -> J^T y)."""
+
+    def in_double(x: Tensor, *given: Tensor) -> Tensor:
+        return function(x, *given).to(torch.float64)
+
+    def pull(x: Tensor, *given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        r, pulled = torch.func.vjp(lambda x: in_double(x, *given), x)  # type: ignore[misc]
+        return r, lambda y: pulled(y)[0]
+
+    return in_double, pull
+
+
+def _descend(
+    objective: Objective,
+    start: Tensor,
+    leaves: tuple[Tensor, ...],
+    limits: tuple[Tensor, Tensor] | None,
+    robust: Any,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Any, Study]:
+    """(x (n,), info, study) of the minimum from `start` (n,), within the limits (n,) if there are any."""
+    every, begin, within = tuple(leaf[None] for leaf in leaves), start[None], None
     if limits is not None:
         within = within_bounds(objective, begin, (limits[0][None], limits[1][None]), every)
         begin, every = within.start, within.leaves
@@ -252,40 +271,7 @@ def minimum_of(
     leaves = (threshold[0], *(leaf[0] for leaf in every[1:]))
     x = (x if within is None else within.finished(x))[0]
     info = _told(numbers, scale_of(robust, threshold), within)
-    study = Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
-    return Found(x, dtype, info, rebuild(doubled), study)
-
-
-def _closed(
-    residual: Callable[..., Any], of_function: str, of_start: str, start: Tensor, doubled: list[Tensor]
-) -> tuple[Callable, Tensor]:
-    """(`residual` as a function of all that it depends on, what it gives at the start)."""
-    try:
-        function, r = close(residual, of_function, "args", start, *doubled)
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        raise TypeError(
-            f"{of_function} must take {of_start} and args in double precision, got an error of torch: {error}. Hand "
-            "over in args what is of single precision, or convert it"
-        ) from error
-    if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
-        got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
-        raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
-    return function, r
-
-
-def _check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, of_start: str) -> None:
-    """Refuse a fit of m numbers to n unknowns that has no unique minimum, and what bounds do not go with."""
-    if bounded and minimum_norm:
-        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
-    if bounded and isinstance(getattr(robust, "scale", None), str):
-        raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
-    if m < n and not bounded:
-        raise ValueError(
-            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
-            f"{of_start[0]}, gives more"
-        )
+    return x, info, Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
 
 
 def _told(numbers: Tensor, scale: Tensor, within: OnSet | None) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .linear.augmented import Solve
+from .linear.factor_cache import no_token
 from .linear.gradient import Static
 from .linear.settings import Settings
 from .lstsq import lstsq as solve_lstsq
@@ -139,7 +140,7 @@ class _SolveAsGiven(Solve):
         r = y + (b - y - given.A @ x)
         # There is nothing to report, and no factor.
         empty = r.new_zeros((1, 0, r.shape[1]))
-        return r[None], empty, x[None], empty.real, torch.zeros(1, dtype=torch.int64, device="cpu")
+        return r[None], empty, x[None], empty.real, no_token()
 
 
 class _TallOnly(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..linear.arguments import Problem, pose
 from ..linear.augmented import Solve
-from ..linear.factor_cache import Holder
+from ..linear.factor_cache import Holder, no_token
 from ..linear.gradient import Static
 from ..linear.kernel import solve_plainly
 from ..linear.low_parts import LOW
@@ -78,7 +78,7 @@ def _solved(static: _Static, tensors: Sequence[Any], token: Tensor | None, indic
         k = next(t for t in (b, e, c) if t is not None).shape[2]
         sizes = (static.m, 0 if weights is None else static.m, static.n)
         report = values.new_empty(Report.shape(0, k), dtype=torch.float64)
-        return *(values.new_empty((0, size, k)) for size in sizes), report, torch.zeros(1, dtype=torch.int64)
+        return *(values.new_empty((0, size, k)) for size in sizes), report, no_token()
     ranks, wanted, device = static.ranks, static.settings, values.device
     numbers: dict[str, tuple[Tensor, ...]] = {"values": (values,)}
     if weights is not None:

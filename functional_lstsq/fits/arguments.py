@@ -14,6 +14,7 @@ from ..linear.bounds import bound_of, pair_of
 from ..linear.pivoting import check_order
 from ..sparse.pattern import SparsePattern
 from ..sparse.precision import convert
+from ..torch_func.closures import close
 from ..torch_func.tracing import concrete, refuse_recording
 from .trees import as_vector
 
@@ -62,6 +63,21 @@ def of_residuals(name: str, given: Any, m: int, x0: Tensor, on_failure: str) -> 
     return convert(given, torch.float64, f"the derivative by {name}", on_failure)
 
 
+def weights_of(weights: Any, sigma: Any, m: int, x0: Tensor, on_failure: str) -> Tensor:
+    """(m,) of one of the two, in double precision."""
+    if sigma is None:
+        return of_residuals("weights", weights, m, x0, on_failure)
+    return of_residuals("sigma", sigma, m, x0, on_failure).square().reciprocal()
+
+
+def check_tensors(x0: Tensor, of_start: str, tensors: list[Tensor]) -> None:
+    """Refuse tensors of `args` that are sparse, and numbers that are none."""
+    for tensor, where in ((x0, of_start), *((t, "args") for t in tensors)):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"args must hold dense tensors and SparseMatrix, got layout {tensor.layout}")
+        check_numbers(where, tensor)
+
+
 def check_args(args: Any) -> None:
     """Refuse what is not a tuple."""
     if not isinstance(args, tuple):
@@ -89,3 +105,35 @@ def bounds_of(bounds: Any, x0: Tensor, on_failure: str) -> tuple[Tensor, Tensor]
     )
     check_order(*(concrete(bound).detach().reshape(-1, n) for bound in (lower, upper)))
     return lower, upper
+
+
+def closed_residual(
+    residual: Callable[..., Any], of_function: str, of_start: str, start: Tensor, doubled: list[Tensor]
+) -> tuple[Callable, Tensor]:
+    """(`residual` as a function of all that it depends on, what it gives at the start)."""
+    try:
+        function, r = close(residual, of_function, "args", start, *doubled)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise TypeError(
+            f"{of_function} must take {of_start} and args in double precision, got an error of torch: {error}. Hand "
+            "over in args what is of single precision, or convert it"
+        ) from error
+    if not isinstance(r, Tensor) or r.ndim != 1 or not r.is_floating_point():
+        got = f"{r.dtype}, shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
+        raise ValueError(f"residual must give a real tensor of shape (m,), got {got}")
+    return function, r
+
+
+def check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, of_start: str) -> None:
+    """Refuse a fit of m numbers to n unknowns that has no unique minimum, and what bounds do not go with."""
+    if bounded and minimum_norm:
+        raise ValueError("bounds allow no rank_deficient='minimum_norm'")
+    if bounded and isinstance(getattr(robust, "scale", None), str):
+        raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
+    if m < n and not bounded:
+        raise ValueError(
+            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
+            f"{of_start[0]}, gives more"
+        )

@@ -111,25 +111,9 @@ def solve_curvature(
         if not bool((better & (moved > 4 * EPS)).any()):
             break
     if near is not None:
-        m, n = objective.pattern.shape
-        u, c, further = (near / size).tensor_split((m, m + n), 1)
-        y, size_of_y = (
-            each(objective.influence_along, s, u, x, *leaves),
-            u.abs() + root * model.A.absolute_matmul(s.abs()),
-        )
-        right = [each(objective.equation, s, u, c, x + blur, *objective.nearby(leaves))]
-        right += [model.rounding(y, size_of_y, seed) for seed in (1, 2)]
-        d, seen, _ = conjugate(objective, x, leaves, model, torch.cat(right, 2), 1e-2)
-        largest = lambda errors: errors.unflatten(1, (len(right), -1)).amax(1)  # noqa: E731
-        error = error + largest(relative(d, s.repeat(1, 1, len(right)), scale, least.repeat(1, len(right))))
-        definite = definite & seen.unflatten(1, (len(right), -1)).all(1)
-        if further.shape[1]:
-            moved = each(objective.further_along, torch.cat([d, s], 2), x, *leaves)
-            ds, more = moved.tensor_split((d.shape[2],), 2)
-            whole, *parts = (torch.linalg.vector_norm(t, dim=1) for t in (further + more, further, more))
-            # Where they cancel, an error is held against a hundredth of what the result is made of.
-            whole = torch.maximum(whole, sum(parts) / 100).clamp_min(_TINY)
-            error = torch.maximum(error, largest(torch.linalg.vector_norm(ds, dim=1)) / whole)
+        sampled, seen = _sampled(objective, model, s, near / size, x, blur, leaves, least)
+        error, definite = error + sampled[0], definite & seen
+        error = torch.maximum(error, sampled[1])
     failed = ~(definite & (error <= objective.accept))
     if objective.on_failure == "raise" and bool(failed.any()):
         worst = float(torch.where(definite, error, torch.inf).max())
@@ -140,3 +124,37 @@ def solve_curvature(
             "rescale or remove parameters that do nearly the same",
         )
     return torch.where(failed[:, None] | ~finite, torch.nan, s * size)
+
+
+def _sampled(
+    objective: Objective,
+    model: Model,
+    s: Tensor,
+    near: Tensor,
+    x: Tensor,
+    blur: Tensor,
+    leaves: Leaves,
+    least: Tensor,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((errors (P, k) of s by samples of rounding, those of further results), whether H was positive definite).
+
+    Arguments as in `solve_curvature`, `near` and `least` in the units of s.
+    """
+    m, n = objective.pattern.shape
+    u, c, further = near.tensor_split((m, m + n), 1)
+    y = each(objective.influence_along, s, u, x, *leaves)
+    size_of_y = u.abs() + model.root[:, :, None] * model.A.absolute_matmul(s.abs())
+    right = [each(objective.equation, s, u, c, x + blur, *objective.nearby(leaves))]
+    right += [model.rounding(y, size_of_y, seed) for seed in (1, 2)]
+    d, seen, _ = conjugate(objective, x, leaves, model, torch.cat(right, 2), 1e-2)
+    largest = lambda errors: errors.unflatten(1, (len(right), -1)).amax(1)  # noqa: E731
+    error = largest(relative(d, s.repeat(1, 1, len(right)), model.norms[:, :, None], least.repeat(1, len(right))))
+    of_further = torch.zeros_like(error)
+    if further.shape[1]:
+        moved = each(objective.further_along, torch.cat([d, s], 2), x, *leaves)
+        ds, more = moved.tensor_split((d.shape[2],), 2)
+        whole, *parts = (torch.linalg.vector_norm(t, dim=1) for t in (further + more, further, more))
+        # Where they cancel, an error is held against a hundredth of what the result is made of.
+        whole = torch.maximum(whole, sum(parts) / 100).clamp_min(_TINY)
+        of_further = largest(torch.linalg.vector_norm(ds, dim=1)) / whole
+    return (error, of_further), seen.unflatten(1, (len(right), -1)).all(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ITERATIONS
+from ..linear.factor_cache import no_token
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
@@ -315,6 +316,5 @@ class _Descent:
             norm=told.norm,
             cost=s.f,
         )
-        self.state.x = s.x
-        blur = torch.where((status == CONVERGED)[:, None], blur, 0.0)
-        return report, blur, torch.zeros(1, dtype=torch.int64, device="cpu") if model.token is None else model.token
+        self.state.x, blur = s.x, torch.where((status == CONVERGED)[:, None], blur, 0.0)
+        return report, blur, no_token() if model.token is None else model.token

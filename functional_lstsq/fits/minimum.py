@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear.factor_cache import no_token
 from ..torch_func.forward_mode import jvp
 from ..torch_func.primitive import (
     Primitive,
@@ -53,7 +54,7 @@ class Minimum(Primitive):
                 x0.clone(),
                 x0.new_empty((0, len(FitReport._fields))),
                 x0.clone(),
-                torch.zeros(1, dtype=torch.int64, device="cpu"),
+                no_token(),
             )
         return minimise(objective, x0, leaves)
 

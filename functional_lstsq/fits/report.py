@@ -16,6 +16,7 @@ from ..errors import (
     nearer_start,
     other_start,
 )
+from ..linear.factor_cache import no_token
 from ..result import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -66,7 +67,7 @@ class FitReport(NamedTuple):
             forward_error=torch.full_like(unknown, torch.inf),
             rank=torch.zeros_like(unknown),
         )
-        return report, torch.zeros_like(x), torch.zeros(1, dtype=torch.int64, device="cpu")
+        return report, torch.zeros_like(x), no_token()
 
 
 class FitInfo(NamedTuple):

@@ -131,6 +131,11 @@ def is_kept(token: Tensor | None) -> bool:
     return token is not None and token.shape[0] == 2
 
 
+def no_token() -> Tensor:
+    """What stands for a token where nothing is kept."""
+    return torch.zeros(1, dtype=torch.int64, device="cpu")
+
+
 def of_solve(token: Tensor | None, new: Tensor) -> Tensor:
     """The token by which a derivative finds the factors: that of the solve, which gave `new` and was given `token`."""
     return new if token is None or is_kept(token) else token

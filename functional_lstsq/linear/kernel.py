@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..result import CONVERGED, RANK_DEFICIENT, Report, method_code
+from ..solvers.base import Factors
 from ..solvers.memory import told_as_too_large
 from ..solvers.system import System
 from ..sparse.numerics import ldexp, power_of_two
@@ -15,8 +16,8 @@ from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..torch_func.primitive import define
 from .blocks import Asked, solve_in_parts
-from .factor_cache import Holder, is_kept
-from .low_parts import LOW, low_parts
+from .factor_cache import Holder, is_kept, no_token
+from .low_parts import LOW, low_parts, told_as_solution
 from .refusals import (
     has_uneven_rows,
     refuse_derivative,
@@ -127,30 +128,24 @@ def solve_plainly(
             keeps, which are made if there are none yet.
         height: of A, where more rows than the m that are here lie in other places.
     """
-    copies, weighted = like.shape[0], "weights" in numbers
-    k = next(t for t in (b, e, c) if t is not None).shape[2]
+    copies, weights = like.shape[0], numbers["weights"][0] if "weights" in numbers else None
     forward = token is None or is_kept(token)
     if wanted.stops and not forward:
         refuse_derivative(wanted)
-    b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
-    c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
-    start = known if known is not None and known.shape[1] == n else None
-    e, unknown, idle = None if e is None else e.resolve_conj(), None, None
-    if on_failure in ("return", "nan", LOW) and not forward:  # a derivative of what failed
-        b, e, c, unknown, idle = _without_failures(b, e, c)
+    of_failures = on_failure in ("return", "nan", LOW) and not forward
+    b, e, c, start, unknown, idle = _sides(like, b, e, c, known, m, n, of_failures=of_failures)
     finite = {name: tensors for name, tensors in numbers.items() if name != "weights"}
     require_finite(not forward, **finite, b=(b, e), c=(c,), x0=(start,))
-    undetermined = None
-    if damp is not None and wanted.wide:
-        undetermined = damp == -torch.inf
+    undetermined = damp == -torch.inf if damp is not None and wanted.wide else None
+    if damp is not None and undetermined is not None:
         damp = torch.where(undetermined, torch.inf, damp)
-    require_not_negative(damp=damp, weights=numbers["weights"][0] if weighted else None)
+    require_not_negative(damp=damp, weights=weights)
     pinned = None if damp is None else damp.isinf().expand(-1, n)[:, :, None]
     if pinned is not None and bool(pinned.any()):
         c = torch.where(pinned, 0.0, c)
         start = None if start is None else torch.where(pinned, 0.0, start)
-    if not (copies and max(m, height) and n and k):
-        return _without_unknowns(b, e, c, numbers["weights"][0] if weighted else None)
+    if not (copies and max(m, height) and n and b.shape[2]):
+        return _without_unknowns(b, e, c, weights)
     keeper, answer = Holder.of(token), "residual_error" if wanted.wide else "solution_error"
     asked_for = wanted, indices, sum(numbers.values(), ()), damp
     if is_kept(token) and keeper.is_filled and not keeper.serves(*asked_for):
@@ -160,10 +155,8 @@ def solve_plainly(
         idle = None if idle is None else system.A.everywhere(idle)
         if on_failure == LOW:
             assert known is not None
-            unjudged = torch.zeros(Report.shape(copies, k), dtype=torch.float64, device=like.device)
-            low_s, low_x = low_parts(system, factors, b, e, c, known, minimum_norm=wanted.minimum_norm)
-            empty = low_s.new_zeros((copies, m if weighted else 0, k))
-            return low_s, empty, low_x, unjudged, torch.zeros(1, dtype=torch.int64, device="cpu")
+            low = low_parts(system, factors, b, e, c, known, minimum_norm=wanted.minimum_norm)
+            return told_as_solution(*low, weighted=weights is not None)
         shift: Tensor | float = 0.0
         if system.weights is not None:
             b, e, c, shift = enter(system, b, e, c)
@@ -171,25 +164,13 @@ def solve_plainly(
         r, x, report = solve_in_parts(system, factors, b, c, known, e, asked)
     if forward and wanted.precision > 1e-10:
         solution = r if wanted.wide else x
-        zero = (solution == 0).all(1)
-        report = judge_range(report, answer, solution, zero, torch.float32, factors.accept)
+        report = judge_range(report, answer, solution, (solution == 0).all(1), torch.float32, factors.accept)
     if undetermined is not None and not wanted.minimum_norm:
         missing = undetermined.sum(1, keepdim=True)
         status = torch.where((missing > 0) & (report.status == CONVERGED), float(RANK_DEFICIENT), report.status)
         report = report._replace(rank=report.rank - missing, status=status)
     if on_failure == "raise":
-        by_products = not system.A.has_entries
-        require_solved(
-            report,
-            n,
-            factors.accept,
-            wanted,
-            by_products=by_products,
-            forward=forward,
-            damped=system.d2 is not None,
-            dependent=factors.dependent,
-            uneven=lambda p: not by_products and has_uneven_rows(system, p),
-        )
+        _require(system, factors, report, wanted, forward=forward)
     elif on_failure != "accept":
         failed = report.status != CONVERGED if on_failure == "nan" else report.status == RANK_DEFICIENT
         failed = failed if unknown is None else failed | unknown
@@ -198,28 +179,60 @@ def solve_plainly(
             r, x = (torch.where(idle[:, None], 0.0, part) for part in (r, x))
     if forward:
         report = tell_zeros(report, answer, factors.accept)
-    token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
-    s = r.new_zeros((copies, 0, k))
+    s = r.new_zeros((copies, 0, r.shape[2]))
     if system.weights is not None:
         s, r = system.multiplied(r, e), system.slackened(r) - shift
         report = report._replace(norm=report.norm * power_of_two(system.half))
     if pinned is not None:
         x = torch.where(pinned, 0.0, x)
-    return r.contiguous(), s.contiguous(), x.contiguous(), report.packed(), token
+    return r.contiguous(), s.contiguous(), x.contiguous(), report.packed(), keeper.token() if forward else no_token()
 
 
-def _without_failures(b: Tensor, e: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """(b, e, c, what was none of the columns (P, k), what nothing depends on): right-hand sides of a derivative.
+def _sides(
+    like: Tensor,
+    b: Tensor | None,
+    e: Tensor | None,
+    c: Tensor | None,
+    known: Tensor | None,
+    m: int,
+    n: int,
+    *,
+    of_failures: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(b, e, c, start, unknown, idle): right-hand sides in full, where iterating starts, and columns of a derivative.
 
-    A failed member of a batch that nothing depends on does no harm.
+    A column is `unknown` (P, k) if there are numbers in it that are none, as of a member of a batch that has failed. It
+    does no harm if nothing depends on it: then it is `idle`, and zero.
     """
-    idle = (b == 0).all(1) & (c == 0).all(1) & (True if e is None else (e == 0).all(1))
-    unknown = ~(b.isfinite().all(1) & c.isfinite().all(1))
-    unknown = unknown if e is None else unknown | ~e.isfinite().all(1)
+    copies, k = like.shape[0], next(t for t in (b, e, c) if t is not None).shape[2]
+    b = like.new_zeros((copies, m, k)) if b is None else b.resolve_conj()
+    c = like.new_zeros((copies, n, k)) if c is None else c.resolve_conj()
+    e = None if e is None else e.resolve_conj()
+    start = known if known is not None and known.shape[1] == n else None
+    if not of_failures:
+        return b, e, c, start, None, None
+    every = [t for t in (b, e, c) if t is not None]
+    idle = torch.stack([(t == 0).all(1) for t in every]).all(0)
+    unknown = ~torch.stack([t.isfinite().all(1) for t in every]).all(0)
     if bool(unknown.any()):
         b, c = [torch.where(unknown[:, None], 0.0, t) for t in (b, c)]
         e = None if e is None else torch.where(unknown[:, None], 0.0, e)
-    return b, e, c, unknown, idle
+    return b, e, c, start, unknown, idle
+
+
+def _require(system: System, factors: Factors, report: Report, wanted: Settings, *, forward: bool) -> None:
+    by_products = not system.A.has_entries
+    require_solved(
+        report,
+        system.n,
+        factors.accept,
+        wanted,
+        by_products=by_products,
+        forward=forward,
+        damped=system.d2 is not None,
+        dependent=factors.dependent,
+        uneven=lambda p: not by_products and has_uneven_rows(system, p),
+    )
 
 
 def _without_unknowns(b: Tensor, e: Tensor | None, c: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
@@ -231,7 +244,7 @@ def _without_unknowns(b: Tensor, e: Tensor | None, c: Tensor, weights: Tensor | 
     if weights is not None and s.numel():
         s = weights[:, :, None] * r
         s = s if e is None else s + e
-    return r, s, torch.zeros_like(c), nothing.packed(), torch.zeros(1, dtype=torch.int64, device="cpu")
+    return r, s, torch.zeros_like(c), nothing.packed(), no_token()
 
 
 def _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure):

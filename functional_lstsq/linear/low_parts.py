@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..result import Report
 from ..solvers.base import Factors
 from ..solvers.small import Small
 from ..solvers.system import EPS, System
 from ..sparse.base import norm
 from ..sparse.double_double import Pair, scaled
 from ..sparse.numerics import ldexp
+from .factor_cache import no_token
 
 LOW = "low"  # in the place of on_failure: what rounding has left out of a solution is asked for
 _SMALL_ERROR = 1e-10  # of tangents, relative to what they are made of, that low parts would take away
@@ -78,6 +80,13 @@ def low_parts(
         low_x = system.scaling.rescaled(low_y, none, -1)
     low_s, low_x = (torch.where(part.isfinite(), part, 0.0) for part in (low_s, low_x))
     return low_s.contiguous(), low_x.contiguous()
+
+
+def told_as_solution(low_s: Tensor, low_x: Tensor, *, weighted: bool) -> tuple[Tensor, ...]:
+    """(r, s, x, report, token), as a solve gives them, with low parts in the places of s and x."""
+    copies, m, k = low_s.shape
+    unjudged = torch.zeros(Report.shape(copies, k), dtype=torch.float64, device=low_s.device)
+    return low_s, low_s.new_zeros((copies, m if weighted else 0, k)), low_x, unjudged, no_token()
 
 
 def none_of_small(small: Small, known: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -32,6 +32,7 @@ from ..torch_func.primitive import (
     split_matrices,
 )
 from ..torch_func.tracing import is_traced
+from .factor_cache import no_token
 from .gradient import without_idle
 from .kernel import solve_plainly
 from .operator_products import OperatorProducts
@@ -71,7 +72,7 @@ def _solve_fake(like, leaves, damp, b, c, start, token, products, on_failure):
     copies, _, k = like.shape
     r, x = (like.new_empty((copies, size, k), dtype=static.dtype) for size in (static.m, static.n))
     report = like.new_empty(Report.shape(copies, k), dtype=torch.float64)
-    return r, x, report, torch.zeros(1, dtype=torch.int64, device="cpu")
+    return r, x, report, no_token()
 
 
 def _solve_kernel(like, leaves, damp, b, c, start, token, products, on_failure):

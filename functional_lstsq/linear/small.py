@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..result import Report
 from ..solvers.small import is_small
 from ..sparse.pattern import SparsePattern, find_pattern
-from .factor_cache import Holder, is_kept
-from .low_parts import LOW, none_of_small
+from .factor_cache import Holder, is_kept, no_token
+from .low_parts import LOW, none_of_small, told_as_solution
 from .settings import Settings
 
 _Asked = tuple[Settings, SparsePattern, tuple[Tensor, ...], Tensor | None]  # (settings, pattern, matrix, damp)
@@ -83,7 +82,7 @@ def _solve(
     *found, failed = small.solve(slots, known, answer)
     if 2 * len(failed) >= len(values):
         return None, none
-    token = keeper.token() if forward else torch.zeros(1, dtype=torch.int64, device="cpu")
+    token = keeper.token() if forward else no_token()
     return (*found, token), failed
 
 
@@ -95,8 +94,4 @@ def _low_parts(asked: _Asked, known: Tensor | None, token: Tensor | None) -> tup
     found = none_of_small(keeper.small, known)
     if found is None:
         return None
-    low_s, low_x = found
-    (copies, m, k), weighted = low_s.shape, len(asked[2]) > 1
-    report = low_s.new_zeros(Report.shape(copies, k), dtype=torch.float64)
-    empty = low_s.new_zeros((copies, m if weighted else 0, k))
-    return low_s, empty, low_x, report, torch.zeros(1, dtype=torch.int64, device="cpu")
+    return told_as_solution(*found, weighted=len(asked[2]) > 1)

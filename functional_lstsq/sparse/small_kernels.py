@@ -36,7 +36,7 @@ def factor(pattern: SparsePattern, values: Tensor, weights: Tensor | None, damp:
     given, (copies, n) = RowByRow(pattern, values).arrays, (len(values), pattern.shape[1])
     scaled, L = np.empty_like(given.values), np.empty((copies, n, n), given.values.dtype)
     D, N, d2 = np.empty((3, copies, n))
-    w, d = (np.empty((copies, 0)) if t is None else array(t) for t in (weights, damp))
+    w, d = [np.empty((copies, 0)) if t is None else array(t) for t in (weights, damp)]
     told, start = np.empty((copies, _TOLD)), in_every_direction(n)
     work = copies * (n**3 // 6 + 100 * n**2 + multiplications(pattern))
     key = "small_factor", L.dtype, given.pointers.itemsize
@@ -56,11 +56,11 @@ def solve(
     A, weights, D, d2, L, told, m = factors
     (copies, n), k = D.shape, next(t for t in slots if t is not None).shape[2]
     rows = weights.shape[1]
-    b, e, c = (
+    b, e, c = [
         np.zeros((copies, size, k), L.dtype) if t is None else array(t)
         for t, size in zip(slots, (m, 0, n), strict=True)
-    )
-    r, s, x = (np.empty((copies, size, k), L.dtype) for size in (m, rows, n))
+    ]
+    r, s, x = [np.empty((copies, size, k), L.dtype) for size in (m, rows, n)]
     about, report = np.empty((copies, 0, k)) if known is None else array(known), np.empty((copies, fields, k))
     work = copies * k * 8 * (n**2 + 2 * A.values.shape[1])
     key = "small_solve", L.dtype, A.pointers.itemsize

@@ -67,13 +67,15 @@ def differentiate(operation: Any, apply: Callable) -> None:
     """
 
     def with_rules(*args: Any) -> Any:
-        every = (part for argument in args for part in (argument if isinstance(argument, list) else [argument]))
-        tensors = [part for part in every if isinstance(part, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return apply(*args)
+        reverse = torch.is_grad_enabled()
         forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-        if forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            return apply(*args)
+        if reverse or forward:  # as they are not within a primitive
+            every = (part for argument in args for part in (argument if isinstance(argument, list) else [argument]))
+            tensors = [part for part in every if isinstance(part, Tensor)]
+            if reverse and any(tensor.requires_grad for tensor in tensors):
+                return apply(*args)
+            if forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+                return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operation(*args)
 
@@ -146,7 +148,7 @@ class Primitive(torch.autograd.Function):
     @classmethod
     def _backward(cls, ctx: Any, *cotangents: Tensor | None) -> tuple:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if all(cotangent is None for cotangent in cotangents):
+        if cotangents.count(None) == len(cotangents):
             return (None,) * (1 + ctx.count)
         return None, *cls.vjp_rule(ctx.static, saved[: ctx.count], saved[ctx.count :], cotangents, needed)
 
