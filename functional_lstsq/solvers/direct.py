@@ -111,6 +111,10 @@ class _Factors(Factored):
         for p in range(system.copies):
             self.blocks.append(self._factor(p))
             tell(phase="factor", total=system.copies)
+        found = [block.smallest_of_columns for block in self.blocks if isinstance(block, ShiftedFactor)]
+        known = [smallest for smallest in found if smallest is not None]
+        if len(known) == system.copies:
+            self.smallest_of_columns = torch.stack(known)[:, None]
         self.rank = system.n - self.nullity
         if bool((self.nullity > 0).any()):
             self._collect()

@@ -45,6 +45,7 @@ class Factored(Factors):
         largest, smallest: extreme singular values that are not zero (P, 1).
         rank: (P, 1), in double precision.
         null: the null space, None if all have full rank.
+        smallest_of_columns: the smallest singular values (P, 1) of [A; d] N^-1, None where they are not known.
     """
 
     method: Tensor
@@ -52,6 +53,7 @@ class Factored(Factors):
     smallest: Tensor
     rank: Tensor
     null: NullSpace | None = None
+    smallest_of_columns: Tensor | None = None
 
     def __init__(self, system: System, minimum_norm: bool, accept: float):
         self.system, self.minimum_norm, self.accept = system, minimum_norm, accept
@@ -132,7 +134,9 @@ class Factored(Factors):
         like = system.scale, system.A.dtype
         # Power iteration on the inverse takes fewer steps, since its largest eigenvalues lie further apart. The result
         # comes out 1 to 1.2 times too small in all.
-        return (power(square, *like) * power(inverse, *like, steps=3)).sqrt().clamp_min(1)
+        known = self.smallest_of_columns
+        smallest = power(inverse, *like, steps=3).rsqrt() if known is None else known
+        return (power(square, *like).sqrt() / smallest).clamp_min(1)
 
     def dependent(self, p: int) -> list[int]:
         """Some columns that take part in a dependence among the columns of matrix p, the foremost first."""

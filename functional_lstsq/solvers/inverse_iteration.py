@@ -19,6 +19,12 @@ from ..sparse.base import Products
 from ..sparse.numerics import noise
 
 WIDTHS = (8, 32, 128, 512)  # vectors in a block, which are iterated with together
+# Times the threshold: where two steps with four random vectors find nothing weaker than that, nothing is below it. A
+# step makes a weak direction larger by the square of such a factor beside the others.
+_CLEAR = 100.0
+# Relative to the largest singular value: where all are above, the smallest ones lie close together, and two steps may
+# give the smallest one 1.4 times too large.
+_EVEN = 0.1
 _BLOCK = 2**27  # numbers in a block at most: a gigabyte
 
 
@@ -28,12 +34,14 @@ class Weak(NamedTuple):
     Attributes:
         known: whether there are no others.
         beyond: the next singular value, about.
+        rest: (n, 4), about the next singular vectors, where there are none below the threshold; else None.
     """
 
     known: bool
     sigma: Tensor
     V: Tensor
     beyond: float
+    rest: Tensor | None = None
 
     def split(self, limit: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """(null vectors, the other vectors and their singular values, the smallest of all that are above `limit`)."""
@@ -72,14 +80,17 @@ class InverseIteration:
         none = self.A.values.new_zeros((len(self.empty), 0))
         if not n:
             return Weak(True, none[0].real, none, largest)
-        sigma, V = self._iterate(min(4, n), steps=3, until_settled=False)
-        if bool(sigma.min() > self.threshold):
-            return Weak(True, none[0].real, none, float(sigma.min()))
+        V = self._random(min(4, n))
+        for steps, above, below in ((2, _CLEAR * self.threshold, _EVEN * largest), (1, self.threshold, torch.inf)):
+            sigma, V = self._iterate(V, steps=steps, until_settled=False)
+            smallest = float(sigma.min())
+            if above < smallest < below:
+                return Weak(True, none[0].real, none, smallest, V)
         for size in widths:
             width = min(size, n)
             if width * len(self.empty) > _BLOCK:
                 break
-            sigma, V = self._iterate(width, steps=8, until_settled=True)
+            sigma, V = self._iterate(self._random(width), steps=8, until_settled=True)
             weak = sigma <= self.threshold
             if width == n or not bool(weak.all()):
                 beyond = float(sigma[~weak].min()) if bool((~weak).any()) else largest
@@ -104,13 +115,15 @@ class InverseIteration:
             V = V @ turn
         return sigma, V
 
-    def _iterate(self, width: int, *, steps: int, until_settled: bool) -> tuple[Tensor, Tensor]:
-        """The smallest singular values, about, and their vectors."""
-        V = torch.where(self.empty, 0.0, noise(self.empty.expand(-1, width))).to(self.A.dtype)
+    def _random(self, width: int) -> Tensor:
+        return torch.where(self.empty, 0.0, noise(self.empty.expand(-1, width))).to(self.A.dtype)
+
+    def _iterate(self, V: Tensor, *, steps: int, until_settled: bool) -> tuple[Tensor, Tensor]:
+        """The smallest singular values, about, and their vectors, from any V (n, width)."""
         before = None
         for step in range(steps):
             V = self._orthonormal(self.invert(V))
-            if step < 2 or (step < steps - 1 and not until_settled):
+            if step < steps - 1 and (step < 2 or not until_settled):
                 continue
             sigma, turn = self._ritz(V)
             V = V @ turn

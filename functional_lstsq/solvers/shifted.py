@@ -40,10 +40,12 @@ class ShiftedFactor:
     Attributes:
         null: null vectors (n, q), once `explore` has looked for them.
         smallest: the smallest singular value that is not zero.
+        smallest_of_columns: that of [A; d] N^-1, whose columns have norm 1; None where there are weak directions.
     """
 
     def __init__(self, A: Products, damp: Tensor | None, norms: Tensor, empty: Tensor, analysis: GramAnalysis):
-        self.A, self.damp, self.empty = A, damp, empty
+        self.A, self.damp, self.empty, self.norms = A, damp, empty, norms
+        self.smallest_of_columns: Tensor | None = None
         values, norms2 = A.values[0], norms.square()
         extra = torch.where(empty, 1.0, 0.0 * norms2)  # a 1 on the diagonal where a column of zeros leaves nothing else
         if damp is not None:
@@ -81,6 +83,8 @@ class ShiftedFactor:
         """Find the weak directions, those below `limit` as the null space; whether that are all."""
         weak = InverseIteration(self.A, self.damp, self.empty, self._invert, self.threshold).explore(largest, widths)
         self.null, V, sigma, self.smallest = weak.split(limit)
+        if weak.rest is not None:
+            self.smallest_of_columns = self._within(weak.rest)
         if V.shape[1]:
             self.V = V
             seen = (V.conj() * self._invert(V)).sum(0).real
@@ -96,6 +100,13 @@ class ShiftedFactor:
         if self.V is not None:
             x = x + self.V @ (self.gain * (self.V.mH @ g))
         return x if null is None else x - null @ (null.mH @ x)
+
+    def _within(self, V: Tensor) -> Tensor:
+        """The least |[A; d] v| / |N v| over the span of V (n, q), whose columns have norm 1."""
+        image = self.A.matmul(V[None])[0]
+        image = image if self.damp is None else torch.cat([image, self.damp * V])
+        of_A, of_N = (torch.linalg.qr(W, mode="r").R for W in (image, self.norms * V))
+        return torch.linalg.svdvals(torch.linalg.solve_triangular(of_N, of_A, upper=True, left=False)).min()
 
     def _invert(self, g: Tensor) -> Tensor:
         """(A^H A + d^2 + shift N^2)^-1 g"""
