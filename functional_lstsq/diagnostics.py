@@ -7,6 +7,7 @@ with torch.func. None forms a matrix of n x n or m x m: columns are solved for i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .linear.factorization import Factorization
 from .lstsq import rounded, run, shaped
 from .result import Report
 from .sandwich import sandwich
-from .solvers.watching import in_blocks
+from .solvers.watching import Step, in_blocks, watchable
 from .sparse.matrix import DTYPES, SparseMatrix
 from .sparse.numerics import noise
 from .torch_func.tracing import concrete, is_traced, sparse_beside_graph
@@ -25,6 +26,7 @@ from .torch_func.tracing import concrete, is_traced, sparse_beside_graph
 _ALONE = 1e-3  # 1 - h, taken as a difference, has lost three digits there
 
 
+@watchable
 @sparse_beside_graph
 def leverage(
     A: SparseMatrix | Factorization | Tensor,
@@ -35,13 +37,14 @@ def leverage(
     seed: int = 0,
     rank_deficient: str = "raise",
     rank_tolerance: float | None = None,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Tensor:
     """The diagonal of the hat matrix H = A (A^H W A)^-1 A^H W: how much each row decides its own fit, from 0 to 1.
 
     Args:
         A: (m, n) SparseMatrix or torch sparse tensor, m >= n, of full rank; or what `factorize` gives.
         weights: (m,) as in `lstsq`, or None.
-        solver, rank_tolerance: as in `lstsq`.
+        solver, rank_tolerance, progress: as in `lstsq`.
         rank_deficient: "raise", or "minimum_norm" for an A without full rank, as two-way dummies are, of which one is
             always too many: A^+ takes the place of the inverse, and leverages are unique all the same.
         samples: None for exact leverages; or how many random signs z to average z (H z) over, elementwise, whose
@@ -74,6 +77,7 @@ def leverage(
     return (z * A.matmul(solved(A, z, options)[0])).mean(1).real
 
 
+@watchable
 @sparse_beside_graph
 def leave_one_out(
     A: SparseMatrix | Factorization | Tensor,
@@ -83,11 +87,12 @@ def leave_one_out(
     solver: Any = None,
     rank_deficient: str = "raise",
     rank_tolerance: float | None = None,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Tensor:
     """Each row's residual b_i - a_i x for the x that all other rows give: r_i / (1 - h_i), without solving m problems.
 
     Args:
-        A, weights, solver, rank_deficient, rank_tolerance: as in `leverage`.
+        A, weights, solver, rank_deficient, rank_tolerance, progress: as in `leverage`.
         b: (m,).
 
     Returns:
@@ -123,6 +128,7 @@ def leave_one_out(
     return left_out.scatter(0, alone, torch.cat(found))
 
 
+@watchable
 @sparse_beside_graph
 def covariance(
     A: SparseMatrix | Factorization | Tensor,
@@ -135,6 +141,7 @@ def covariance(
     solver: Any = None,
     rank_deficient: str = "raise",
     rank_tolerance: float | None = None,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Tensor:
     """Columns of (A^H W A)^-1: the covariance of x where the rows' errors have the variances 1 / weights.
 
@@ -142,7 +149,7 @@ def covariance(
     takes the variances from the residuals: consistent whatever these are.
 
     Args:
-        A, weights, solver, rank_tolerance: as in `leverage`.
+        A, weights, solver, rank_tolerance, progress: as in `leverage`.
         columns: which, (k,) integers.
         rank_deficient: "raise", or "minimum_norm" for (A^H W A)^+ where A has no full rank: the covariance of the
             solution of least norm, and so that of what A determines, its estimable functions.
@@ -197,6 +204,7 @@ def _covariance(A: SparseMatrix | Factorization, columns: Tensor, options: Optio
     return rounded(shaped(run(problem, "raise", c[None])[1], problem), problem, "the covariance")
 
 
+@watchable
 @sparse_beside_graph
 def covariance_diagonal(
     A: SparseMatrix | Factorization | Tensor,
@@ -208,6 +216,7 @@ def covariance_diagonal(
     solver: Any = None,
     rank_deficient: str = "raise",
     rank_tolerance: float | None = None,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Tensor:
     """The diagonal of (A^H W A)^-1: the variance of each unknown.
 

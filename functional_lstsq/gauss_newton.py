@@ -30,6 +30,7 @@ from .linear.arguments import check_rank
 from .linear.bounds import BoundedInfo
 from .linear.settings import Settings, check_solver
 from .solvers.system import EPS
+from .solvers.watching import Step, watchable
 from .sparse.matrix import SparseMatrix
 from .sparse.pattern import SparsePattern
 from .sparse.precision import convert, double
@@ -39,6 +40,7 @@ from .torch_func.tracing import fit_beside_graph, load_forward_mode
 _STEPS = 2000  # which no default exceeds, however many the unknowns
 
 
+@watchable
 @fit_beside_graph
 def gauss_newton(
     residual: Callable[..., Tensor],
@@ -56,6 +58,7 @@ def gauss_newton(
     max_iterations: int | None = None,
     callback: Callable[[int, float], object] | None = None,
     throw: bool = True,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Fit:
     """A minimum of sum_i weights_i residual(x, *args)_i^2 over x, differentiable to any order by `args` and weights.
 
@@ -95,6 +98,7 @@ def gauss_newton(
         callback: called with (iteration, cost) after every damped step; under vmap with the largest of the batch.
         throw: False returns what was reached instead of raising; `info.status` tells, and derivatives are NaN, or zero
             in reverse mode where nothing depends on it.
+        progress: as for `lstsq`.
 
     Returns:
         `Fit(x, residual, info)`: x (n,), residual (m,) at x, without weights, both differentiable, and a `FitInfo`,

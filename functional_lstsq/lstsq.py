@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from .distributed.matrix import ShardedMatrix
 from .distributed.solve import solve_sharded
-from .errors import SCALE, ConvergenceError
 from .fits.report import RobustInfo
 from .fits.robust import fit_robustly
 from .linear.arguments import Problem, pose
@@ -17,15 +17,18 @@ from .linear.augmented import solve_augmented
 from .linear.bounds import pose_bounds, solve_bounded
 from .linear.factorization import Factorization
 from .linear.matrix_free import solve_matrix_free
+from .linear.refusals import product_in_range, require_in_range
 from .linear.settings import settings_of
 from .result import Report, Solution, info_of, method_code
+from .solvers.watching import Step, watchable
 from .sparse.matrix import SparseMatrix
 from .sparse.operator import LinearOperator
 from .sparse.precision import convert
 from .sparse.products import sample
-from .torch_func.tracing import beside_graph, concrete, is_traced, is_watched
+from .torch_func.tracing import beside_graph, is_watched
 
 
+@watchable
 def lstsq(
     A: SparseMatrix | LinearOperator | Factorization | ShardedMatrix | Tensor,
     b: Tensor,
@@ -39,6 +42,7 @@ def lstsq(
     rank_tolerance: float | None = None,
     refine: str = "auto",
     x0: Tensor | None = None,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Tensor:
     """The least-squares solution of A x = b for a sparse A, differentiable to any order by everything it is given.
 
@@ -81,6 +85,7 @@ def lstsq(
         x0: (n,) or (n, k) as x, where iterating starts: the last solution of a training loop, say. It saves time and
             changes neither what is accepted nor any derivative; none flows through it. Only `CGLS` makes use of it,
             for m >= n.
+        progress: True shows how far it has come, a function is told; as `progress` does, which sees derivatives too.
 
     Returns:
         x: (n,) or (n, k).
@@ -137,6 +142,7 @@ def _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     return rounded(shaped(r if problem.wide else x, problem), problem, "x")
 
 
+@watchable
 def solve(
     A: SparseMatrix | LinearOperator | Factorization | ShardedMatrix | Tensor,
     b: Tensor,
@@ -151,6 +157,7 @@ def solve(
     refine: str = "auto",
     x0: Tensor | None = None,
     throw: bool = True,
+    progress: bool | Callable[[Step], object] = False,
 ) -> Solution:
     """Like `lstsq`, with the residual and with what is known of the solution.
 
@@ -205,7 +212,7 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     is_residual = not problem.wide and (problem.weights is None or isinstance(problem.A, SparseMatrix))
     residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
     if throw and not is_residual:
-        _require_in_range("the residual b - A x", residual)
+        require_in_range("the residual b - A x", residual)
     whole = info if found is None else found.told(info, problem.b.ndim == 1)
     return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), whole)
 
@@ -251,27 +258,11 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
         root = weights.sqrt().to(values.dtype)[None, :, None]
         ones = values.new_ones((1, pattern.shape[1], 1))
         of_entries = sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
-        values = _weighted("A", values, of_entries)
-        columns = _weighted("b", columns, root)
+        values = product_in_range("A", values, of_entries)
+        columns = product_in_range("b", columns, root)
     if values.is_complex():  # conj_physical has no rule for vmap
         values = torch.complex(values.real, -values.imag)
     return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure, kept=kept)
-
-
-def _weighted(name: str, numbers: Tensor, root: Tensor) -> Tensor:
-    """Their product, refused where it overflows or becomes so small that it loses digits."""
-    product = root * numbers
-    smallest = torch.finfo(torch.float64).smallest_normal
-    lost = (product.abs() < smallest) & (product.abs() < numbers.abs()) & (root != 0)
-    _require_in_range(f"the product of {name} with the square roots of weights", product, lost)
-    return product
-
-
-def _require_in_range(name: str, result: Tensor, lost: Tensor | None = None) -> None:
-    if is_traced(result):
-        return
-    if not bool(concrete(result).isfinite().all()) or (lost is not None and bool(concrete(lost).any())):
-        raise ConvergenceError(f"{name} leaves the range of double precision", SCALE)
 
 
 def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, Tensor, RobustInfo]:

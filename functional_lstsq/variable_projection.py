@@ -16,6 +16,7 @@ from .fits.report import FitInfo
 from .gauss_newton import minimum_of
 from .linear.arguments import check_numbers
 from .lstsq import solve
+from .solvers.watching import Step, watchable
 from .sparse.matrix import SparseMatrix
 from .sparse.precision import convert
 from .torch_func.tracing import fit_beside_graph
@@ -41,6 +42,7 @@ def _advising() -> Iterator[None]:
         raise type(error)(error.what, *(said for said in error.advice if said not in _NOT_TAKEN)) from error
 
 
+@watchable
 @fit_beside_graph
 def variable_projection(
     design: Callable[..., Any],
@@ -53,6 +55,7 @@ def variable_projection(
     solver: Any = None,
     max_iterations: int | None = None,
     throw: bool = True,
+    progress: bool | Callable[[Step], object] = False,
 ) -> SeparableFit:
     """A minimum of sum_i weights_i |b - A(p) x|_i^2 over p and x, differentiable to any order by all but p0.
 
@@ -69,7 +72,7 @@ def variable_projection(
         robust: a loss, as for `gauss_newton`, of b - A(p) x for p and x together; an estimated scale is that of all
             columns of b.
         solver: for x, and for the steps in p, as for `lstsq`.
-        max_iterations, throw: as for `gauss_newton`.
+        max_iterations, throw, progress: as for `gauss_newton`.
 
     Returns:
         `SeparableFit(p, x, residual, info)`: p (n,), x (k,) or (k, j), residual b - A(p) x, all differentiable, and a

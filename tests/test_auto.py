@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import close, problem, with_singular_values
+from worlds import grid as cube
 
 import functional_lstsq as fl
 from functional_lstsq import result
 from functional_lstsq.solvers import Factors, Solver, costs
-from functional_lstsq.solvers.auto import _Chain, _Step
+from functional_lstsq.solvers.auto import _Chain
+from functional_lstsq.solvers.plan import Step
 
 
 def grid(k=64):
@@ -80,7 +82,7 @@ def test_the_default_moves_on_and_says_so():
     assert fl.solve(A, b).info.tried == "Dense (few columns)"
     assert fl.solve(A, b, solver=fl.Auto(dense_columns=1, dense_bytes=1)).info.method.startswith("direct")
     poor, pattern = with_singular_values(np.logspace(0, -9, 12), 30)
-    planned = _Planned((_Step(fl.CGLS(), "no factor"), _Step(fl.Direct(), "ill-conditioned")))
+    planned = _Planned((Step(fl.CGLS(), "no factor"), Step(fl.Direct(), "ill-conditioned")))
     solution = fl.solve(fl.SparseMatrix(poor.reshape(-1), pattern), torch.ones(30, dtype=torch.float64), solver=planned)
     assert solution.info.method.startswith("direct")
     assert solution.info.tried == "CGLS (no factor): inaccurate, then Direct (ill-conditioned)"
@@ -241,11 +243,22 @@ def test_what_is_predicted_is_what_is_done():
     assert all(0 < step.iteration < 1 for step in steps if step.method == "CGLS")
 
 
+@pytest.mark.parametrize("size", [8, 14])
+def test_a_total_is_predicted_of_iterating(size):
+    """As many iterations as the solve takes, or as the errors of half a second of them promise."""
+    A = cube(size)
+    told = fl.Auto(dense_columns=1, dense_bytes=1, direct=fl.Direct(memory=1)).predict(A)
+    assert [step.method for step in told] == ["CGLS"]
+    solution = fl.solve(A, torch.linspace(0, 1, A.shape[0], dtype=torch.float64), solver=fl.CGLS())
+    taken = float(solution.info.iterations) * told[0].iteration
+    assert taken / 3 < told[0].seconds < 5 * taken + 0.05
+
+
 def test_a_factor_that_does_not_fit_is_the_only_one_said_not_to_fit():
     pattern, values, _ = problem(900, 600, density=0.01)
     A = fl.SparseMatrix(values, pattern)
     assert "fit into memory" not in str(fl.Auto().predict(A))
     both = fl.Auto(dense_bytes=1).predict(fl.SparseMatrix(values + 1j, pattern))
-    assert [step.method for step in both if step.seconds > 0][-1] == "Direct"
+    assert next(step for step in both if step.method == "Direct").seconds > 0
     tight = fl.Auto(dense_bytes=1, direct=fl.Direct(memory=1))
     assert [(step.method, step.reason) for step in tight.predict(A)] == [("CGLS", "A^H A would not fit into memory")]

@@ -14,6 +14,7 @@ from worlds import grid
 
 import functional_lstsq as fl
 from functional_lstsq.solvers import auto, cgls, memory
+from functional_lstsq.solvers.plan import Step
 
 SOLVERS = {"auto": None, "direct": fl.Direct(), "dense": fl.Dense(), "cgls": fl.CGLS()}
 STATM = Path("/proc/self/statm")
@@ -307,8 +308,8 @@ def test_iterations_that_found_no_memory_are_tried_once_more(failures, monkeypat
         prepare(self, solver, system, patience, **options)
 
     def plan(self, system):
-        yield auto._Step(fl.CGLS(max_iterations=2), "a factor costs more", 1e-9, 1e9, patience=2.0)
-        yield auto._Step(fl.CGLS(), "no factor")
+        yield Step(fl.CGLS(max_iterations=2), "a factor costs more", 1e-9, 1e9, patience=2.0)
+        yield Step(fl.CGLS(), "no factor")
 
     monkeypatch.setattr(auto.Auto, "plan", plan)
     monkeypatch.setattr(cgls.Iteration, "__init__", short_of_memory)

@@ -159,3 +159,51 @@ def test_studies_tell_of_their_blocks():
     for study in (fl.leverage, lambda A: fl.leave_one_out(A, normal(A.shape[0]))):
         last = [step for step in watched(lambda study=study: study(A))[0] if step.phase == "study"][-1]
         assert last.iteration == last.total
+
+
+A_SMALL = fl.vstack([network(40), network(40)])
+B_SMALL = torch.linspace(-1, 1, A_SMALL.shape[0], dtype=F64) ** 2
+DECAY = torch.exp(-torch.linspace(0, 2, 9, dtype=F64))
+START = torch.tensor([0.5], dtype=F64)
+
+
+def as_column(p):
+    return fl.SparseMatrix(torch.exp(-p * torch.linspace(0, 2, 9, dtype=F64)), fl.SparsePattern(ONE, (9, 1)))
+
+
+ONE = torch.stack([torch.arange(9), torch.zeros(9, dtype=torch.int64)])
+OPTION = {
+    "lstsq": lambda **o: fl.lstsq(A_SMALL, B_SMALL, solver=fl.CGLS(), **o),
+    "solve": lambda **o: fl.solve(A_SMALL, B_SMALL, solver=fl.Direct(), **o).x,
+    "robust": lambda **o: fl.lstsq(A_SMALL, B_SMALL, robust=fl.Huber(1.0), **o),
+    "bounds": lambda **o: fl.lstsq(A_SMALL, B_SMALL, bounds=(0.1, 0.3), **o),
+    "leverage": lambda **o: fl.leverage(A_SMALL, **o),
+    "leave_one_out": lambda **o: fl.leave_one_out(A_SMALL, B_SMALL, **o),
+    "covariance": lambda **o: fl.covariance(A_SMALL, [0, 3], solver=fl.CGLS(), **o),
+    "covariance_diagonal": lambda **o: fl.covariance_diagonal(A_SMALL, **o),
+    "gauss_newton": lambda **o: fl.gauss_newton(lambda x, y: as_column(x).matmul(x / x) - y, START, (DECAY,), **o).x,
+    "variable_projection": lambda **o: fl.variable_projection(as_column, START, DECAY, **o).p,
+}
+
+
+@pytest.mark.parametrize("name", OPTION)
+def test_the_option_tells_what_a_watch_is_told(name):
+    call, told = OPTION[name], []
+    steps, want = watched(call)
+    assert torch.equal(call(progress=told.append), want)
+    assert told == steps or all(math.isnan(step.error) for step in steps)
+    assert len(told) == len(steps) > 0
+
+
+def test_the_option_shows_a_line(capsys, monkeypatch):
+    monkeypatch.setattr("functional_lstsq.solvers.watching._DELAY", 0)
+    OPTION["lstsq"](progress=True)
+    assert "starting" in capsys.readouterr().err
+    OPTION["lstsq"]()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "yes"])
+def test_other_options_are_refused(wrong):
+    with pytest.raises(TypeError, match="progress must be True, False or callable, got"):
+        OPTION["lstsq"](progress=wrong)

@@ -11,7 +11,7 @@ import torch
 
 from .. import Auto, SparseMatrix, solve
 from ..result import RANK_DEFICIENT
-from ..solvers.auto import Prediction
+from ..solvers.plan import Prediction
 from ..solvers.sparse_factor import full_matching
 from .files import compact, matrix_of
 from .formats import read
@@ -133,8 +133,10 @@ def _rows(name: str, told: dict[str, Any], plan: list[Prediction], out: Output) 
 def _step(step: Prediction) -> str:
     """A line of the plan."""
     cost = [] if math.isnan(step.iteration) else [f"{_time(step.iteration)} an iteration"]
-    if not math.isnan(step.seconds):
-        cost.append(f"predicted {_time(step.seconds)}" + (" at most" if cost else ""))
+    if math.isinf(step.seconds):
+        cost.append("no end in sight")
+    elif not math.isnan(step.seconds):
+        cost.append(f"predicted {_time(step.seconds)}" + (" in all" if cost else ""))
     return f"{step.method} ({step.reason}){': ' if cost else ''}{', '.join(cost)}"
 
 

@@ -38,6 +38,7 @@ from ..solvers import CGLS
 from ..solvers.sparse_factor import full_matching
 from ..solvers.system import System
 from ..sparse.pattern import SparsePattern
+from ..torch_func.tracing import concrete, is_traced
 from .settings import Settings
 
 _UNEVEN = 1e8  # ratio of the sizes of rows
@@ -198,3 +199,20 @@ def require_solved(
         ITERATIONS if status == ITERATION_LIMIT else f"rescale or remove nearly dependent {what}",
         *_advised(wanted, SCALE if damped else DAMP, *([SEE] if reached else [])),
     )
+
+
+def product_in_range(name: str, numbers: Tensor, root: Tensor) -> Tensor:
+    """Their product, refused where it overflows or becomes so small that it loses digits."""
+    product = root * numbers
+    smallest = torch.finfo(torch.float64).smallest_normal
+    lost = (product.abs() < smallest) & (product.abs() < numbers.abs()) & (root != 0)
+    require_in_range(f"the product of {name} with the square roots of weights", product, lost)
+    return product
+
+
+def require_in_range(name: str, result: Tensor, lost: Tensor | None = None) -> None:
+    """Refuse what overflows, or has `lost` digits below the smallest numbers."""
+    if is_traced(result):
+        return
+    if not bool(concrete(result).isfinite().all()) or (lost is not None and bool(concrete(lost).any())):
+        raise ConvergenceError(f"{name} leaves the range of double precision", SCALE)

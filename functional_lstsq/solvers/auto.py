@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,18 @@ from ..sparse.matrix import SparseMatrix, single
 from ..sparse.plain_products import Operator
 from . import costs
 from .base import Factors, Solver
-from .cgls import CGLS, Iteration
+from .certificate import Certificate
+from .cgls import CGLS
 from .dense import Dense, factor_bytes
 from .direct import Direct, analyse
 from .memory import fits, hand_back, told_as_too_large
+from .plan import Prediction, Step
 from .system import System, check_number
 
 _QR_LIMIT = 3200  # columns of a dense QR factor that are still tolerable where nothing else has succeeded
 FEW_COLUMNS = "few columns"
+_PREDICTING = 80, 0.5  # iterations, and seconds of them, from which it is predicted how many there will be
+_ENDLESS = 1e300  # iterations, for which there is patience while that is found out
 _DENSE = Dense()
 
 
@@ -73,7 +77,7 @@ class Auto(Solver):
             costs.Lately.of(system.A.pattern).begin()
         return _Chain(self._plan_in_memory(system), system, minimum_norm)
 
-    def plan(self, system: System) -> Iterator[_Step]:
+    def plan(self, system: System) -> Iterator[Step]:
         """Methods in the order to try them; what is not asked for is not thought about.
 
         For a batch as for one of its matrices: times are those of one, memory is that of all.
@@ -83,12 +87,12 @@ class Auto(Solver):
         room = torch.tensor(fits(factor_bytes(system), self.dense_bytes, device), device=device)
         dense_fits = bool(system.A.everywhere(room))
         if n <= self.dense_columns and dense_fits:
-            yield _Step(_DENSE, FEW_COLUMNS)
+            yield Step(_DENSE, FEW_COLUMNS)
             return
         if not system.A.has_entries:  # that a sparse factor could be made of: the rows are in several places
-            yield _Step(self.cgls, "no factor")
+            yield Step(self.cgls, "no factor")
             if n <= _QR_LIMIT and dense_fits:
-                yield _Step(_DENSE, "last resort")
+                yield Step(_DENSE, "last resort")
             return
         analysis = analyse(system)
         iteration = costs.products_of_iteration(analysis.pattern.nnz, system.m, n)
@@ -99,7 +103,7 @@ class Auto(Solver):
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
         patience, lately = factor / costs.iteration(iteration), costs.Lately.of(system.A.pattern)
         if not self.factor and costs.PATIENCE < patience < math.inf and lately.is_worth_it():
-            yield _Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
+            yield Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
         if sparse < dense:
@@ -112,27 +116,28 @@ class Auto(Solver):
         if choice is not None:
             if tried and factor > 4 * tried:
                 patience = factor / costs.iteration(iteration)
-                yield _Step(self.cgls, "a factor costs much more", iteration, factor, patience=patience)
+                yield Step(self.cgls, "a factor costs much more", iteration, factor, patience=patience)
             why_this = "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less"
-            yield _Step(choice, why_this, seconds=factor)
+            yield Step(choice, why_this, seconds=factor)
             if isinstance(choice, Dense) and sparse_fits:
-                yield _Step(self.direct, "ill-conditioned")
-        yield _Step(self.cgls, why or "no factor", iteration)
+                yield Step(self.direct, "ill-conditioned")
+        yield Step(self.cgls, why or "no factor", iteration)
         if n <= _QR_LIMIT and dense_fits:
-            yield _Step(_DENSE, "last resort")
+            yield Step(_DENSE, "last resort")
 
-    def _plan_in_memory(self, system: System) -> Iterator[_Step]:
+    def _plan_in_memory(self, system: System) -> Iterator[Step]:
         """As `plan`; what has no memory to be thought about is iterated."""
         try:
             with told_as_too_large():
                 yield from self.plan(system)
         except torch.linalg.LinAlgError:
-            yield _Step(self.cgls, "A^H A could not be analysed")
+            yield Step(self.cgls, "A^H A could not be analysed")
 
     def predict(self, A: SparseMatrix | Tensor) -> list[Prediction]:
         """What a solve with A, a SparseMatrix or a torch sparse tensor, would try in turn, with its predicted cost.
 
-        Cost: the analysis of the pattern, which is kept for a solve.
+        Cost: the analysis of the pattern, which is kept for a solve, and where it would iterate half
+            a second of iterations, or 160 if that is longer.
 
         >>> import torch, functional_lstsq as fl
         >>> [(step.method, step.reason) for step in fl.Auto().predict(torch.eye(3).to_sparse())]
@@ -149,68 +154,20 @@ class Auto(Solver):
         if steps[0].reason == FEW_COLUMNS:  # chosen without a thought of its cost
             seconds = costs.gram(analyse(system).products) + costs.dense_factor(system.n)
             steps = [steps[0]._replace(seconds=seconds)]
-        return [step.prediction for step in steps]
-
-
-class Prediction(NamedTuple):
-    """A method that `Auto` would try, and what it is predicted to cost on two cores, to a factor of a few.
-
-    Attributes:
-        method, reason: in words, as `SolveInfo.tried` has them.
-        seconds: of a solve by a factor; of iterating, the time after which it is left for a factor. NaN where nothing
-            is predicted: what iterating takes in all depends on the values.
-        iteration: seconds of one iteration, of a method that iterates; else NaN.
-    """
-
-    method: str
-    reason: str
-    seconds: float
-    iteration: float
-
-
-class _Step(NamedTuple):
-    """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take.
-
-    `seconds` are those of its own factor, where they are known. `CGLS` gives up when its errors promise more iterations
-    than `patience`.
-    """
-
-    solver: Solver
-    reason: str
-    iteration: float = 0.0
-    factor: float = math.inf
-    seconds: float = math.nan
-    patience: float = math.inf
-
-    def prepare(self, system: System, *, minimum_norm: bool) -> Factors:
-        """Those of the solver."""
-        if isinstance(self.solver, CGLS):
-            return Iteration(self.solver, system, self.patience)
-        return self.solver.prepare(system, minimum_norm=minimum_norm)
-
-    @property
-    def prediction(self) -> Prediction:
-        iterates = isinstance(self.solver, CGLS)
-        seconds = costs.ANYWAY + (self.seconds if self.patience == math.inf else self.factor)
-        return Prediction(self.name, self.reason, seconds, costs.iteration(self.iteration) if iterates else math.nan)
-
-    @property
-    def name(self) -> str:
-        return "CGLS" if isinstance(self.solver, CGLS) else "Dense" if isinstance(self.solver, Dense) else "Direct"
-
-    def too_dear(self, prepared: Factors | None, columns: int) -> bool:
-        """Whether so many right-hand sides are better left to a factor, by the iterations that are known of."""
-        iterations = float(prepared.iterations.max()) if isinstance(prepared, Iteration) else costs.FEWEST
-        seconds = costs.SOLVE * iterations * columns * self.iteration / 2
-        return seconds > self.factor + costs.FACTORED * columns * self.iteration
+        iterations, (least, seconds) = math.nan, _PREDICTING
+        if any(step.iterates for step in steps):
+            each = next(step.each for step in steps if step.iterates)
+            limit = max(least, int(seconds / each))
+            iterations = Certificate(system, None, limit=limit, patience=_ENDLESS).expected
+        return [step.predicted(iterations) for step in steps]
 
 
 class _Chain(Factors):
     """Solves by the first method whose answer is accepted; starts with the one that was, last time."""
 
-    def __init__(self, plan: Iterator[_Step], system: System, minimum_norm: bool):
+    def __init__(self, plan: Iterator[Step], system: System, minimum_norm: bool):
         self.plan, self.system, self.minimum_norm = plan, system, minimum_norm
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.prepared: dict[int, Factors] = {}
         self.failures: dict[int, tuple[str, str, str]] = {}
         self.first, self.columns, self.accept = 0, 1, Solver().threshold(system.precision)
@@ -265,7 +222,7 @@ class _Chain(Factors):
         return best
 
     def _by(
-        self, index: int, step: _Step, b: Tensor, c: Tensor, start: Tensor | None, *, judged: bool
+        self, index: int, step: Step, b: Tensor, c: Tensor, start: Tensor | None, *, judged: bool
     ) -> tuple[Tensor, Tensor, Report] | None:
         """By one method, which is prepared first; None where so many right-hand sides are left to the next."""
         for last in (not isinstance(step.solver, CGLS), True):
@@ -289,7 +246,7 @@ class _Chain(Factors):
         """By the method that was used last."""
         return next((factors.reach(b, c, start, found) for factors in self.prepared.values()), found)
 
-    def _step(self, index: int) -> _Step | None:
+    def _step(self, index: int) -> Step | None:
         while len(self.steps) <= index:
             step = next(self.plan, None)
             if step is None:

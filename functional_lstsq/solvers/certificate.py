@@ -48,6 +48,7 @@ class Certificate:
         known: Tensor | None = None,
     ):
         self.system, self.given, self.limit, self.patience = system, given, limit, patience
+        self.errors: list[float] = []  # of known solutions, relative, after each iteration, if there is a patience
         self.single = SingleSystem.of(system) if given is None else None
         with searching():
             self._measure(known)
@@ -170,6 +171,7 @@ class Certificate:
             if target is not system and bool((self.largest > SINGLE_CONDITION * self.smallest).any()):
                 return torch.ones_like(found)
             errors.append(float((error / whole).max()) if self.patience < float("inf") else 0.0)
+            self.errors.append(errors[-1])
             if self._hopeless(errors, threshold):
                 return torch.ones_like(found)
             # One column that proves a dependence ends the search for this matrix.
@@ -194,12 +196,25 @@ class Certificate:
         """Whether the errors so far promise more iterations than there is patience for."""
         if self.patience == float("inf") or len(errors) < 24 or min(errors[-1], errors[-9]) <= threshold:
             return False
-        rate = math.log(errors[-9] / errors[-1]) / 8
-        expected = len(errors) + math.log(errors[-1] / threshold) / rate if rate > 0 else float("inf")
-        return _SOLVES * expected > self.patience
+        return _SOLVES * _extrapolated(errors, threshold) > self.patience
+
+    @property
+    def expected(self) -> float:
+        """About how many iterations find the known solutions, by the errors of those that there were."""
+        if not bool(self.unseen.any()):
+            return float(self.iterations.max())
+        return _extrapolated(self.errors, self._threshold) if len(self.errors) > 8 else math.inf
 
     def verdict(self) -> Tensor:
         """Why a matrix failed, before any right-hand side was seen."""
         given_up = self.patience < float("inf")
         ran_out = self.unseen & ((self.iterations >= self.limit) | given_up)
         return torch.where(self.deficient, RANK_DEFICIENT, torch.where(ran_out, ITERATION_LIMIT, INACCURATE))
+
+
+def _extrapolated(errors: list[float], threshold: float) -> float:
+    """After how many iterations an error falls to the threshold, if it goes on as in the last eight."""
+    if not 0 < errors[-1] < errors[-9]:
+        return math.inf
+    rate = math.log(errors[-9] / errors[-1]) / 8
+    return len(errors) + math.log(errors[-1] / threshold) / rate

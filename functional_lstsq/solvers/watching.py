@@ -9,11 +9,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 _DELAY = 0.5  # seconds before a line is shown
 
@@ -91,6 +95,8 @@ def progress(show: Callable[[Step], object] | None = None) -> AbstractContextMan
         show: called with a `Step(phase, iteration, total, error)` after each step; an exception in it ends the
             computation. None for a line on standard error, by tqdm.
 
+    Functions that may take long have it as an option for the call alone: `lstsq(A, b, progress=True)`.
+
     Steps of the phase "solve" add up to `info.iterations` of a solve with one right-hand side; with several, all are
     iterated together, and the largest of `info.iterations` is theirs. Those of "fit" add up to that of a fit.
 
@@ -106,6 +112,24 @@ def progress(show: Callable[[Step], object] | None = None) -> AbstractContextMan
     if show is not None and not callable(show):
         raise TypeError(f"show must be callable or None, got {show!r}")
     return _watched(show)
+
+
+def watchable(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Have `function` watched if its option progress= says so: True for a line, or a function, as of `progress`."""
+
+    @wraps(function)
+    def either(*args: Given.args, **options: Given.kwargs) -> Result:
+        asked: Any = options.get("progress", False)
+        if asked is False:
+            return function(*args, **options)
+        if asked is not True and not callable(asked):
+            raise TypeError(f"progress must be True, False or callable, got {asked!r}")
+        if torch.compiler.is_dynamo_compiling():
+            raise TypeError("torch.compile cannot take progress=; put `with fl.progress():` around what is compiled")
+        with _watched(None if asked is True else asked):
+            return function(*args, **options)
+
+    return either
 
 
 @contextmanager
