@@ -19,8 +19,9 @@ from .sensitivity import condition, jacobian_operator
 from .solvers import CGLS, Auto, BlockJacobi, Dense, Direct, GramFactor
 from .solvers.watching import progress
 from .sparse.building import block_diag, diags, eye, hstack, vstack
+from .sparse.jacobian_operator import JacobianOperator
 from .sparse.matrix import SparseMatrix
-from .sparse.operator import JacobianOperator, LinearOperator
+from .sparse.operator import LinearOperator
 from .sparse.pattern import SparsePattern
 from .torchsparsegradutils import sparse_generic_lstsq
 from .variable_projection import SeparableFit, variable_projection

@@ -12,7 +12,7 @@ from .distributed.matrix import ShardedMatrix
 from .distributed.solve import solve_sharded
 from .fits.report import RobustInfo
 from .fits.robust import fit_robustly
-from .linear.arguments import Problem, pose
+from .linear.arguments import Problem, in_vectors, pose
 from .linear.augmented import solve_augmented
 from .linear.bounds import pose_bounds, solve_bounded
 from .linear.factorization import Factorization
@@ -52,7 +52,8 @@ def lstsq(
 
     Args:
         A: (m, n) SparseMatrix, or torch sparse COO (coalesced or not), CSR or CSC tensor, of full rank; or a
-            LinearOperator, which is solved by `CGLS`, with unscaled columns; or what `factorize` gives, whose factors
+            LinearOperator, which is solved by `CGLS`, with unscaled columns, for pytrees b and x if it is given an
+            example of x; or what `factorize` gives, whose factors
             are used; or what `distributed.shard_rows` gives, with rows on many ranks.
         b: (m,) or (m, k); every column is a problem of its own. Dtypes of A and b are promoted as in A @ b.
         damp: non-negative number or 0-d real tensor, in units of A; or (n,), one for each unknown, of which zeros do
@@ -65,8 +66,8 @@ def lstsq(
             A, a derivative of a wide A by a weight of 0 is not to be had: reverse mode gives NaN, forward mode raises.)
         bounds: (lower, upper), with x between them: each a number, which may be infinite, or a real tensor of shape
             (), (n,) or, for b (m, k), (n, k), of which x has derivatives too. Equal ones pin an unknown, with the
-            derivative by the one that it is pressed against. For a real SparseMatrix, or sparse tensor; a wide one too,
-            where the bounds leave full rank to the unknowns between them. x has no derivative where strict
+            derivative by the one that it is pressed against. For a real A, in pytrees if x is one; a wide A too, where
+            the bounds leave full rank to the unknowns between them. x has no derivative where strict
             complementarity fails: one by an unknown that touches its bound and is not pressed against it, to the errors
             of either, is refused. Not within torch.compile.
         robust: a loss rho, as `Huber()` (see there) or `Tukey(0.1)`: minimises sum_i 2 rho(sqrt(weights_i)
@@ -129,6 +130,8 @@ def lstsq(
 
 
 def _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds) -> Tensor:
+    if isinstance(A, LinearOperator) and A.trees is not None:
+        return _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, True).x
     given = A, b, damp, weights, robust, solver, rank_deficient, refine, x0
     if isinstance(A, ShardedMatrix):
         return solve_sharded(*given, rank_tolerance, bounds, throw=True).x
@@ -197,6 +200,12 @@ def solve(
 
 
 def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, throw) -> Solution:
+    if isinstance(A, LinearOperator) and A.trees is not None:
+        of_x, of_b = A.trees
+        A, b, damp, weights, x0, bounds = in_vectors(A, b, damp, weights, x0, bounds)
+        every = A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, throw
+        x, residual, info = _solve(*every)
+        return Solution(of_x.tree(x), of_b.tree(residual), info)
     given, found = (A, b, damp, weights, robust, solver, rank_deficient, refine, x0), None
     if isinstance(A, ShardedMatrix):
         return solve_sharded(*given, rank_tolerance, bounds, throw=throw)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .linear.settings import check_solver
 from .lstsq import lstsq, solve
+from .sparse.jacobian_operator import JacobianOperator
 from .sparse.matrix import SparseMatrix
-from .sparse.operator import JacobianOperator, LinearOperator
+from .sparse.operator import LinearOperator
 from .sparse.pattern import SparsePattern
 from .torch_func.tracing import sparse_beside_graph
 
@@ -37,6 +38,7 @@ def condition(A: SparseMatrix | LinearOperator | Tensor, *, solver: Any = None) 
     check_solver(solver, "condition")
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
+    A = A.of_vectors if isinstance(A, LinearOperator) else A
     posed = A.posed(A.dtype, "raise")[0] if isinstance(A, LinearOperator) else A
     b = posed.matmul(torch.ones(A.shape[1], dtype=A.dtype, device=A.device)).to(A.dtype)
     return solve(A, b, solver=solver, throw=False).info.condition

@@ -217,8 +217,8 @@ def test_every_derivative_of_complex_problems(problem):
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_few_of_them_are_refused(name):
-    """Of those of the tests before."""
-    if sum(counted[name].values()) > 100:
+    """Of those of the tests before, where there are many: one hard problem has ten derivatives."""
+    if sum(counted[name].values()) > 1000:
         assert counted[name]["refused"] <= (0.1 if name == "single" else 0.02) * sum(counted[name].values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,15 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from ..sparse.trees import TreeShape
+
 
 def as_vector(x0: Any) -> tuple[Any, Callable[[Tensor], Any]]:
     """(the leaves of a pytree of tensors one after the other, what makes the pytree of such a vector).
 
     A tensor, and what holds anything else than tensors, is left as it is, for those to refuse who check it.
     """
-    leaves, spec = torch_pytree.tree_flatten(x0)
+    leaves = torch_pytree.tree_leaves(x0)
     if isinstance(x0, Tensor) or not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         return x0, lambda x: x
     for leaf in leaves:
@@ -24,16 +25,7 @@ def as_vector(x0: Any) -> tuple[Any, Callable[[Tensor], Any]]:
             raise TypeError(f"x0 must hold dense tensors of float32 or float64, got {leaf.dtype}, {leaf.layout}")
         if leaf.device != leaves[0].device:
             raise ValueError(f"x0 must be on one device, got {leaves[0].device} and {leaf.device}")
-    shapes = [leaf.shape for leaf in leaves]
-    ends = list(itertools.accumulate(shape.numel() for shape in shapes))
-
-    def tree(x: Tensor) -> Any:
-        parts = torch.tensor_split(x, ends[:-1])
-        return torch_pytree.tree_unflatten(
-            [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)], spec
-        )
-
-    return torch.cat([leaf.reshape(-1) for leaf in leaves]), tree
+    return torch.cat([leaf.reshape(-1) for leaf in leaves]), TreeShape.of(x0).tree
 
 
 def as_residual(r: Any) -> Any:

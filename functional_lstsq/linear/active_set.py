@@ -12,6 +12,8 @@ A batch shares its passes: the problems that are not done are one batch of solve
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
 from ..torch_func.primitive import Constant, define
-from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, attempt, check_order, judge, left_of_shift
+from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, check_order, judge, left_of_shift
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
 _SINGLES = 30  # single exchanges before the slower method
@@ -31,10 +33,10 @@ _BLOCKS, _ONE_BY_ONE, _CHECK, _DONE = range(4)
 class _Search:
     """P searches side by side; tensors are (P,) or (P, n)."""
 
-    def __init__(self, problems: Bounded):
+    def __init__(self, problems: Any):
         self.problems = problems
-        _, weights, damp, b, lower, upper, _, m, n, _ = problems
-        size, device = len(b), b.device
+        weights, damp, lower, upper = problems.weights, problems.damp, problems.lower, problems.upper
+        m, n, size, device = problems.m, problems.n, len(problems.b), problems.b.device
         fixed = lower == upper
         nearest = torch.where(lower.abs() <= upper.abs(), -1, 1)
         self.cold = torch.where(lower.isinf() & upper.isinf(), 0, nearest)
@@ -74,8 +76,8 @@ class _Search:
             if problems.weights is not None and self.capped is not None:
                 alone = (self.phase[going] == _ONE_BY_ONE)[:, None]
                 problems = problems._replace(weights=torch.where(alone, self.capped[going], problems.weights))
-            tried = attempt(problems, self.active[going])
-            judged = judge(problems, self.active[going], tried)
+            tried = problems.attempt(self.active[going])
+            judged = judge(problems.lower, problems.upper, self.active[going], tried)
             alone = self.phase[going] == _ONE_BY_ONE
             for step, chosen in ((self._exchange, ~alone), (self._free_one, alone)):
                 part = chosen.nonzero()[:, 0]
@@ -86,7 +88,7 @@ class _Search:
     def _end(self, which: Tensor, status: int) -> None:
         self.phase[which], self.status[which] = _DONE, status
 
-    def _exchange(self, which: Tensor, problems: Bounded, tried: Tried, judged: Judged) -> None:
+    def _exchange(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
         """Principal pivoting: those that violate a condition change sides."""
         active, wrong = self.active[which], judged.wrong
         count = wrong.sum(1)
@@ -118,7 +120,7 @@ class _Search:
         zero = at_bounds(self.cold, self.problems.lower, self.problems.upper)
         self.x[which], self.banned[which] = zero[which], False
 
-    def _free_one(self, which: Tensor, problems: Bounded, tried: Tried, judged: Judged) -> None:
+    def _free_one(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
         """Go from x towards the solution on the free unknowns until one meets its bound; there, free another."""
         lower, upper, active, x = problems.lower, problems.upper, self.active[which], self.x[which]
         freed, rows = self.freed[which], torch.arange(len(which), device=which.device)
@@ -154,7 +156,7 @@ class _Search:
         self.phase[finished], self.least[finished] = _CHECK, self.problems.n + 1
         self.patience[finished], self.singles[finished] = _PATIENCE, 0
 
-    def _settle(self, which: Tensor, problems: Bounded, tried: Tried, judged: Judged) -> None:
+    def _settle(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
         """No condition is violated; decide those that are too near to tell."""
         active, unclear = self.active[which], judged.unclear
         release = torch.zeros_like(unclear)
@@ -163,8 +165,8 @@ class _Search:
         if len(some):
             # Where all of them stay at their bounds when they are freed together, that is what they do in the minimum.
             few, trial = problems.take(some), torch.where(unclear, 0, active)[some]
-            together = attempt(few, trial)
-            at_rest = ~unclear[some] | judge(few, trial, together).touching
+            together = few.attempt(trial)
+            at_rest = ~unclear[some] | judge(few.lower, few.upper, trial, together).touching
             self._end(which[some[together.deficient]], RANK_DEFICIENT)
             resting = at_rest.all(1) & ~together.deficient
             weak[some[resting]] |= unclear[some[resting]]
@@ -175,7 +177,7 @@ class _Search:
                 one, alone = problems.take(problem), active[problem].clone()
                 rows = torch.arange(len(part), device=part.device)
                 alone[rows, place] = 0
-                tried_one = attempt(one, alone)
+                tried_one = one.attempt(alone)
                 bound = at_bounds(active[problem], one.lower, one.upper)[rows, place]
                 inward = (tried_one.x[rows, place] - bound) * -active[problem, place]
                 error = tried_one.error[rows, place]
@@ -208,22 +210,31 @@ def _active_set(
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problems = Bounded(values, weights, damp, b, lower, upper, indices, m, n, settings)
-    _check(lower, upper, damp)
+    check_bounds(lower, upper, damp)
     if not (len(b) and m and n):
+        return find_active_set(problems, on_failure)
+    problems, exponents = problems.scaled()
+    active, weak, multipliers, status = find_active_set(problems, on_failure)
+    return active, weak, ldexp(multipliers, exponents), status
+
+
+def find_active_set(problems: Any, on_failure: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(active, weak, multipliers (P, n), status (P,)) of `Bounded` problems, or of others that can be attempted so."""
+    lower = problems.lower
+    if not (len(problems.b) and problems.m and problems.n):
         active = torch.zeros_like(lower)
         return active, active.clone(), active.clone(), lower.new_zeros(len(lower))
-    problems, exponents = problems.scaled()
     search = _Search(problems)
     search.run()
     failed = search.status != CONVERGED
     if on_failure == "raise" and bool(failed.any()):
         _refuse(search, failed)
     active = torch.where(search.active == BY_DAMPING, 0, search.active).to(lower.dtype)
-    multipliers = ldexp(search.multipliers, exponents)
-    return active, search.weak.to(lower.dtype), multipliers, search.status.to(lower.dtype)
+    return active, search.weak.to(lower.dtype), search.multipliers, search.status.to(lower.dtype)
 
 
-def _check(lower: Tensor, upper: Tensor, damp: Tensor) -> None:
+def check_bounds(lower: Tensor, upper: Tensor, damp: Tensor) -> None:
+    """Refuse bounds without a number between, and what they do not go with."""
     check_order(lower, upper)
     beside = damp.isinf() & ((lower > 0) | (upper < 0))
     if bool(beside.any()):

@@ -134,6 +134,22 @@ def pose(
     return Problem(A, (m, n), b, damp, weights, settings, dtype, x0, on_failure, stops, kept)
 
 
+def in_vectors(A: LinearOperator, b: Any, damp: Any, weights: Any, x0: Any, bounds: Any) -> tuple:
+    """(A, b, damp, weights, x0, bounds) of vectors, for an operator whose x and b are pytrees."""
+    assert A.trees is not None
+    of_x, of_b = A.trees
+
+    def of_each(given: Any, name: str) -> Any:
+        number = given is None or isinstance(given, (int, float)) or (isinstance(given, Tensor) and not given.ndim)
+        return given if number else of_x.vector(given, name)
+
+    weights = None if weights is None else of_b.vector(weights, "weights")
+    x0 = None if x0 is None else of_x.vector(x0, "x0")
+    if isinstance(bounds, (tuple, list)) and len(bounds) == 2:
+        bounds = of_each(bounds[0], "the lower bound"), of_each(bounds[1], "the upper bound")
+    return A.of_vectors, of_b.vector(b, "b"), of_each(damp, "damp"), weights, x0, bounds
+
+
 def _refuse_matrix(A: Any) -> NoReturn:
     got = type(A).__name__
     if isinstance(A, Tensor):

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import NAN, ConvergenceError
 from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, of_solve, show
 from ..sparse.matrix import SparseMatrix
+from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
 from ..sparse.products import multiply
 from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
@@ -26,9 +27,11 @@ from ..torch_func.tracing import concrete, is_traced
 from .active_set import ActiveSet, LeftOfShift
 from .arguments import Problem
 from .augmented import solve_augmented
+from .bounded_operator import solve_each_by_products
 from .gradient import Static
+from .operator_static import OperatorStatic
 from .pivoting import at_bounds
-from .settings import check_solver, settings_of
+from .settings import Settings, check_solver, settings_of
 
 
 class BoundedInfo(NamedTuple):
@@ -96,8 +99,6 @@ def pose_bounds(problem: Problem, bounds: Any, robust: Any) -> Posed:
     A, (_, n), b = problem.A, problem.shape, problem.b
     if torch.compiler.is_compiling():
         raise TypeError("torch.compile cannot take bounds=; compile what makes the arguments")
-    if not isinstance(A, SparseMatrix):
-        raise TypeError("bounds need the entries of A: a SparseMatrix, or a torch sparse tensor, not a LinearOperator")
     if A.dtype.is_complex or b.is_complex():
         raise TypeError(f"bounds need real A and b, got {A.dtype} and {b.dtype}")
     if robust is not None:
@@ -148,15 +149,16 @@ def _bound(problem: Problem, name: str, bound: Any) -> Tensor:
 def solve_bounded(posed: Posed, on_failure: str) -> Found:
     """The solution; each column of b, with a free set of its own, is a matrix of a batch."""
     problem, lower, upper = posed
-    assert isinstance(problem.A, SparseMatrix)
-    (m, n), indices, settings = problem.shape, problem.A.pattern.indices, settings_of(problem.settings)
+    A, (m, n), weights, settings = problem.A, problem.shape, problem.weights, settings_of(problem.settings)
     b = problem.b[:, None] if problem.b.ndim == 1 else problem.b
     k, b = b.shape[1], b.T[:, :, None]
     assert problem.damp is not None
-    values, damp = problem.A.values.expand(k, -1), problem.damp.expand(k, n)
-    weights = None if problem.weights is None else problem.weights.expand(k, m)
-    static = Static(m, n, settings, on_failure)
-    found, y, report = solve_each(static, values, weights, damp, b, lower, upper, indices)
+    rest = problem.damp.expand(k, n), b, lower, upper
+    if isinstance(A, SparseMatrix):
+        static, of_each = Static(m, n, settings, on_failure), None if weights is None else weights.expand(k, m)
+        found, y, report = solve_each(static, A.values.expand(k, -1), of_each, *rest, A.pattern.indices)
+    else:
+        found, y, report = _by_products(A, (m, n), weights, settings, on_failure, *rest)
     r, x, status, active, multipliers, weak = found
     # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
     inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
@@ -167,6 +169,28 @@ def solve_bounded(posed: Posed, on_failure: str) -> Found:
     numbers = _of_whole(report, y, x, status)
     columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
     return Found(*columns)
+
+
+def _by_products(
+    A: LinearOperator,
+    shape: tuple[int, int],
+    weights: Tensor | None,
+    settings: Settings,
+    on_failure: str,
+    damp: Tensor,
+    b: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+) -> tuple[Found, Tensor, Tensor]:
+    """As `solve_each`, of an operator."""
+    if weights is not None:
+        root = weights.sqrt()
+        A, b = A.weighted(root), root[:, None] * b
+    leaves, spec = torch_pytree.tree_flatten(A.params)
+    static = OperatorStatic(A.matvec, A.rmatvec, spec, *shape, A.dtype, False, A.working, settings, on_failure)
+    every = [leaf.expand(len(b), *leaf.shape) for leaf in leaves]
+    found, y, report = solve_each_by_products(static, every, damp, b, lower, upper)
+    return Found(*found), y, report
 
 
 def solve_each(

@@ -40,7 +40,7 @@ from .operator_static import OperatorStatic, operator_of, transformed
 from .settings import Settings, settings_of
 
 
-def _solve(static: OperatorStatic, damp, b, c, start, token, leaves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def solve_operator(static: OperatorStatic, damp, b, c, start, token, leaves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(r, x, report, token), of plain tensors."""
     given = b if b is not None else c
     like = torch.empty((given.shape[0], 0), dtype=static.dtype, device=given.device)
@@ -76,7 +76,9 @@ def _solve_fake(like, leaves, damp, b, c, start, token, products, on_failure):
 
 
 def _solve_kernel(like, leaves, damp, b, c, start, token, products, on_failure):
-    return _solve(replace(operator_of(products), on_failure=on_failure), damp, b, c, start, token, tuple(leaves))
+    return solve_operator(
+        replace(operator_of(products), on_failure=on_failure), damp, b, c, start, token, tuple(leaves)
+    )
 
 
 _solve_by_products = define(
@@ -95,7 +97,7 @@ class SolveMatrixFree(Primitive):
         like = b if b is not None else c
         if any(is_traced(t) for t in (like, *leaves)):
             return _solve_by_products(like, list(leaves), damp, b, c, start, token, static.text, static.on_failure)
-        return _solve(static, damp, b, c, start, token, leaves)
+        return solve_operator(static, damp, b, c, start, token, leaves)
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):

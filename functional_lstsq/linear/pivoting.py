@@ -48,6 +48,10 @@ class Bounded(NamedTuple):
         tensors = (None if t is None else t[which] for t in self[:6])
         return Bounded(*tensors, *self[6:])  # type: ignore[call-arg,arg-type]
 
+    def attempt(self, active: Tensor) -> Tried:
+        """Solve with the unknowns pinned that are not 0 in `active` (P, n)."""
+        return attempt(self, active)
+
     def scaled(self) -> tuple[Bounded, Tensor]:
         """(this in the unknowns 2^e x, e (P, n)), whose columns have norms of about 1, weights included.
 
@@ -171,9 +175,8 @@ class Judged(NamedTuple):
         return self.below | self.above | self.pulled
 
 
-def judge(problems: Bounded, active: Tensor, tried: Tried) -> Judged:
+def judge(lower: Tensor, upper: Tensor, active: Tensor, tried: Tried) -> Judged:
     """Hold an attempt against the conditions of a minimum."""
-    lower, upper = problems.lower, problems.upper
     free, held = active == 0, (active.abs() == 1) & (lower < upper)
     x, g, error, of_g, _ = tried
     near = ((x - lower).abs() <= error) | ((x - upper).abs() <= error)

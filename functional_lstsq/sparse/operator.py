@@ -13,11 +13,10 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..torch_func.closures import close, columns
-from ..torch_func.forward_mode import jvp
-from ..torch_func.tracing import load_forward_mode
 from .matrix import DTYPES
 from .operator_algebra import OperatorAlgebra, Product, Pulled
 from .precision import double
+from .trees import TreeShape
 
 
 class LinearOperator(OperatorAlgebra):
@@ -33,7 +32,10 @@ class LinearOperator(OperatorAlgebra):
             NumPy, C or a sparse tensor in it (which take the place of no SparseMatrix, whose `A.matmul(x)` it can).
         params: any pytree of dense tensors, which derivatives are taken by where they are floating or complex; that
             takes a matvec that torch.func can transform.
-        in_size: n.
+        in_size: n; or a pytree of tensors such as an x, whose dtypes do not matter: an image, several unknowns by their
+            names. Then matvec takes and gives pytrees, and so do `lstsq` and `solve`: b, weights, the residual and what
+            rmatvec takes are as what matvec gives, x, x0 and a damp for each unknown as the x that it takes. `.H`, sums
+            and products are those of vectors, all leaves one after the other. Cost: one product.
         dtype: of the matrix: float32, float64, complex64 or complex128. Products are given x and params in this
             precision, are tested to what its rounding allows, and decide what is accepted of a solution. None: that of
             params and b together, which for both in float32 is float32. All else of a solve is in double precision.
@@ -59,19 +61,20 @@ class LinearOperator(OperatorAlgebra):
     tensor([-19.7143, -22.0000, -20.2857], dtype=torch.float64)
     """
 
-    __slots__ = ("given", "in_size", "matvec", "params", "rmatvec", "working")
+    __slots__ = ("given", "in_size", "matvec", "params", "rmatvec", "trees", "working")
     matvec: Product
     params: Any
     in_size: int
     given: torch.dtype | None  # None to go by params and b
     working: torch.dtype  # what products are made in, of one that is posed
     rmatvec: Product | None
+    trees: tuple[TreeShape, TreeShape] | None  # those of x and b, where they are pytrees and the products wrapped
 
     def __init__(
         self,
         matvec: Product,
         params: Any,
-        in_size: int,
+        in_size: Any,
         dtype: torch.dtype | None = None,
         *,
         rmatvec: Product | None = None,
@@ -79,9 +82,10 @@ class LinearOperator(OperatorAlgebra):
         for name, function in (("matvec", matvec), ("rmatvec", rmatvec)):
             if not callable(function) and not (name == "rmatvec" and function is None):
                 raise TypeError(f"{name} must be callable, got {function!r}")
-        if isinstance(in_size, bool) or not isinstance(in_size, int):
-            raise TypeError(f"in_size must be an integer, got {in_size!r}")
-        if in_size < 0:
+        examples = None if isinstance(in_size, int) else torch_pytree.tree_leaves(in_size)
+        if isinstance(in_size, bool) or (examples is not None and not (examples and all(map(_is_dense, examples)))):
+            raise TypeError(f"in_size must be an integer or a pytree of dense tensors, got {in_size!r}")
+        if examples is None and in_size < 0:
             raise ValueError(f"in_size must not be negative, got {in_size}")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be None, float32, float64, complex64 or complex128, got {dtype}")
@@ -96,7 +100,28 @@ class LinearOperator(OperatorAlgebra):
                 )
         if len({leaf.device for leaf in leaves}) > 1:
             raise ValueError(f"params must be on one device, got {sorted({str(leaf.device) for leaf in leaves})}")
-        self.matvec, self.params, self.in_size, self.given, self.rmatvec = matvec, params, in_size, dtype, rmatvec
+        self.params, self.given, self.trees = params, dtype, None
+        if examples is not None:
+            matvec, in_size, rmatvec = self._in_vectors(matvec, TreeShape.of(in_size), rmatvec)
+        self.matvec, self.in_size, self.rmatvec = matvec, in_size, rmatvec
+
+    def _in_vectors(
+        self, matvec: Product, of_x: TreeShape, rmatvec: Product | None
+    ) -> tuple[Product, int, Product | None]:
+        """(matvec, n, rmatvec) of vectors, for products of pytrees."""
+        x = of_x.tree(torch.zeros(of_x.size, dtype=self.dtype, device=self.device))
+        y = matvec(self.params, x)
+        if not torch_pytree.tree_leaves(y) or not all(map(_is_dense, torch_pytree.tree_leaves(y))):
+            raise TypeError(f"matvec must give a pytree of dense tensors, got {y!r}")
+        of_b = TreeShape.of(y)
+        self.trees = of_x, of_b
+        back = None if rmatvec is None else _OfTrees(rmatvec, "rmatvec", of_b, of_x)
+        return _OfTrees(matvec, "matvec", of_x, of_b), of_x.size, back
+
+    @property
+    def of_vectors(self) -> LinearOperator:
+        """The same map of vectors, where x and b are pytrees."""
+        return LinearOperator(self.matvec, self.params, self.in_size, self.given, rmatvec=self.rmatvec)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +170,9 @@ class LinearOperator(OperatorAlgebra):
         return posed, (y.shape[0], self.in_size)
 
     def matmul(self, X: Tensor) -> Tensor:
-        """A X for X of shape (n,) or (n, k)."""
+        """A X for X of shape (n,) or (n, k), or a pytree where x is one."""
+        if self.trees is not None and self.trees[0].fits(X):
+            return self.trees[1].tree(self.of_vectors.matmul(self.trees[0].vector(X, "x")))
         if not isinstance(X, Tensor) or X.ndim not in (1, 2) or X.shape[0] != self.in_size:
             got = f"shape {tuple(X.shape)}" if isinstance(X, Tensor) else type(X).__name__
             raise ValueError(f"A @ X needs X of shape ({self.in_size},) or ({self.in_size}, k), got {got}")
@@ -165,7 +192,9 @@ class LinearOperator(OperatorAlgebra):
         return LinearOperator(matvec, params, in_size, dtype, rmatvec=rmatvec)
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """A^H Y for Y of shape (m,) or (m, k)."""
+        """A^H Y for Y of shape (m,) or (m, k), or a pytree where b is one."""
+        if self.trees is not None and self.trees[1].fits(Y):
+            return self.trees[0].tree(self.of_vectors.adjoint(self.trees[1].vector(Y, "b")))
         rmatvec = self.rmatvec or Pulled(self.matvec, self.in_size)
         return self._each(lambda y: rmatvec(self.params, y), Y.to(self.dtype))
 
@@ -220,6 +249,23 @@ class _In:
 
 
 @dataclass(frozen=True)
+class _OfTrees:
+    """A product of vectors, made of one of pytrees."""
+
+    function: Product
+    name: str
+    given: TreeShape
+    found: TreeShape
+
+    def __call__(self, params: Any, x: Tensor) -> Tensor:
+        return self.found.vector(self.function(params, self.given.tree(x)), f"what {self.name} gives")
+
+
+def _is_dense(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+@dataclass(frozen=True)
 class _Weighted:
     matvec: Product
 
@@ -235,70 +281,26 @@ class _WeightedAdjoint:
         return self.rmatvec(params[0], params[1].to(y.dtype) * y)
 
 
-@dataclass(frozen=True)
-class _Push:
-    function: Callable[[Tensor], Tensor]
-
-    def __call__(self, point: Tensor, x: Tensor) -> Tensor:
-        return jvp(self.function, (point,), (x,))[1]
-
-
-@dataclass(frozen=True)
-class _Pull:
-    function: Callable[[Tensor], Tensor]
-
-    def __call__(self, point: Tensor, y: Tensor) -> Tensor:
-        return torch.func.vjp(self.function, point)[1](y)[0]
-
-
-class JacobianOperator(LinearOperator):
-    """The Jacobian of `function` at `point` as a LinearOperator, never formed: for Gauss-Newton steps.
-
-    Its parameter is the point, so that a derivative by it takes the second derivatives of the function.
-
-    Args:
-        function: takes a tensor of shape (n,), gives one of shape (m,) and the same dtype.
-        point: (n,), floating or complex.
-
-    >>> import torch, functional_lstsq as fl
-    >>> t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    >>> residual = lambda p: p[0] * torch.exp(p[1] * t) - 2 * torch.exp(-t)
-    >>> p = torch.tensor([1.5, -0.5], dtype=torch.float64)
-    >>> for _ in range(5):
-    ...     p = p - fl.lstsq(fl.JacobianOperator(residual, p), residual(p))
-    >>> p
-    tensor([ 2., -1.], dtype=torch.float64)
-    """
-
-    __slots__ = ()
-
-    def __init__(self, function: Callable[[Tensor], Tensor], point: Tensor):
-        if not callable(function):
-            raise TypeError(f"function must be callable, got {function!r}")
-        if not isinstance(point, Tensor) or point.ndim != 1:
-            got = f"shape {tuple(point.shape)}" if isinstance(point, Tensor) else type(point).__name__
-            raise TypeError(f"point must be a tensor of shape (n,), got {got}")
-        if not torch.compiler.is_compiling():
-            load_forward_mode()
-        super().__init__(_Push(function), point, point.shape[0], rmatvec=_Pull(function))
-
-
 def _flatten(A: LinearOperator) -> tuple[list, tuple]:
-    return [A.params], (A.matvec, A.in_size, A.given, A.rmatvec)
+    return [A.params], (A.matvec, A.in_size, A.given, A.rmatvec, A.trees)
 
 
 def _unflatten(leaves: Any, context: tuple) -> LinearOperator:
     A = object.__new__(LinearOperator)  # no checks: a pytree holds axes, None or any other object in place of a leaf
     (A.params,) = leaves
-    A.matvec, A.in_size, A.given, A.rmatvec = context
+    A.matvec, A.in_size, A.given, A.rmatvec, A.trees = context
     return A
 
 
-for _kind in (LinearOperator, JacobianOperator):
-    torch_pytree.register_pytree_node(_kind, _flatten, _unflatten)
+def register(kind: type) -> None:
+    """Make a kind of operator a pytree for torch.func and optree."""
+    torch_pytree.register_pytree_node(kind, _flatten, _unflatten)
     cast(Any, optree.register_pytree_node)(
-        _kind,
+        kind,
         lambda A: ((A.params,), _flatten(A)[1], ("params",)),
         lambda context, leaves: _unflatten(leaves, context),
         namespace=optree.registry.__GLOBAL_NAMESPACE,
     )
+
+
+register(LinearOperator)
