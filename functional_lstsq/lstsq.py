@@ -182,7 +182,7 @@ def solve(
         where strict complementarity fails. The residual is solved for, as accurate as x, and so are its derivatives;
         those of b - A @ lstsq(A, b), which is what rounding leaves of a difference, are not.
 
-    Raises, cost and source: as `lstsq`; the residual is free where m >= n (of a LinearOperator, without weights).
+    Raises, cost and source: as `lstsq`; the residual is free where m >= n (a product, for a weighted LinearOperator).
 
     >>> import torch, functional_lstsq as fl
     >>> A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]], dtype=torch.float64).to_sparse_csr()
@@ -218,9 +218,8 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     r, x, numbers = run(problem, "raise" if throw else "return") if found is None else found[:3]
     info = info_of(Report.unpacked(numbers), wide=problem.wide, single=problem.b.ndim == 1)
     solution = shaped(r if problem.wide else x, problem)
-    is_residual = not problem.wide and (problem.weights is None or isinstance(problem.A, SparseMatrix))
-    residual = shaped(r, problem) if is_residual else problem.b - problem.A.matmul(solution)
-    if throw and not is_residual:
+    residual = problem.b - problem.A.matmul(solution) if problem.wide else shaped(r, problem)
+    if throw and problem.wide:
         require_in_range("the residual b - A x", residual)
     whole = info if found is None else found.told(info, problem.b.ndim == 1)
     return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), whole)
@@ -246,10 +245,11 @@ def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Ten
     damp = None if damp is None else damp.reshape(1, -1)
     start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
     if isinstance(A, LinearOperator):
-        if weights is not None:
-            root = weights.sqrt()
+        of_rows = None if weights is None else weights[None]
+        if problem.wide and weights is not None:
+            root, of_rows = weights.sqrt(), None
             A, columns = A.weighted(root), root.to(columns.dtype)[None, :, None] * columns
-        return solve_matrix_free(A, m, n, problem.wide, damp, columns, start, settings, on_failure)
+        return solve_matrix_free(A, m, n, problem.wide, damp, of_rows, columns, start, settings, on_failure)
     pattern, values = A.pattern, A.values
     if not problem.wide:
         indices, of_rows = pattern.indices, None if weights is None else weights[None]

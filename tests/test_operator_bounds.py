@@ -17,8 +17,8 @@ OPTIONS = {
     "plain": {},
     "damped": {"damp": 0.5},
     "each damped": {"damp": torch.linspace(0, 2, N, dtype=D)},
-    "weighted": {"weights": torch.linspace(0.1, 2, M, dtype=D)},
-    "both": {"weights": torch.linspace(0.1, 2, M, dtype=D), "damp": torch.tensor(0.3, dtype=D)},
+    "weighted": {"weights": torch.linspace(0, 2, M, dtype=D)},
+    "both": {"weights": torch.linspace(0, 2, M, dtype=D), "damp": torch.tensor(0.3, dtype=D)},
 }
 
 

@@ -2,7 +2,7 @@
 
 As `pivoting` and `bounds` have it, with A diag(f) in the place of A, f = 0 for an unknown at its bound: its column is
 zero, and a damping as large as the other columns are keeps it to itself. Unknowns keep their units, as of every
-operator, and weights are multiplied in.
+operator; the search for the active set multiplies the roots of weights in.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..result import RANK_DEFICIENT, ZERO, Report
@@ -21,7 +20,7 @@ from ..sparse.numerics import noise
 from ..sparse.operator import Product
 from ..torch_func.primitive import Constant
 from .active_set import check_bounds, find_active_set
-from .matrix_free import SolveMatrixFree, solve_operator
+from .matrix_free import SolveMatrixFree, and_one_more, solve_operator, weighted
 from .operator_static import OperatorStatic
 from .pivoting import Tried, at_bounds
 
@@ -53,7 +52,7 @@ def on_free(static: OperatorStatic) -> OperatorStatic:
         static,
         matvec=_OnFree(static.matvec),
         rmatvec=None if static.rmatvec is None else _FreeOf(static.rmatvec),
-        spec=torch_pytree.tree_structure((torch_pytree.tree_unflatten([0] * static.spec.num_leaves, static.spec), 0)),
+        spec=and_one_more(static.spec),
     )
 
 
@@ -92,7 +91,8 @@ class BoundedByProducts(NamedTuple):
         right = self.b - static.plainly(leaves, bound, adjoint=False) if bool((bound != 0).any()) else self.b
         free = (active == 0).to(self.b.dtype)
         damp = torch.where(active != 0, self.size, self.damp)
-        r, x, numbers, _ = solve_operator(on_free(static), damp, right, None, None, None, (*leaves, free))
+        slots = None, right, None, None, None
+        r, _, x, numbers, _ = solve_operator(on_free(static), damp, *slots, None, (*leaves, free))
         report = Report(*(field[:, 0] for field in Report.unpacked(numbers)))
         # What is zero but for rounding is as large as its error.
         of_x = torch.where(report.status == ZERO, 2.0, report.solution_error - report.rounding).clamp_min(0) + EPS
@@ -127,13 +127,24 @@ class _ActiveSet(Constant):
 
 
 def solve_each_by_products(
-    static: OperatorStatic, leaves: Sequence[Tensor], damp: Tensor, b: Tensor, lower: Tensor, upper: Tensor
+    static: OperatorStatic,
+    leaves: Sequence[Tensor],
+    weights: Tensor | None,
+    damp: Tensor,
+    b: Tensor,
+    lower: Tensor,
+    upper: Tensor,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """As `bounds.solve_each`, for leaves (P, ...)."""
-    active, weak, multipliers, status, size = _ActiveSet.apply(static, damp, b, lower, upper, *leaves)
+    of_search, every, right = static, tuple(leaves), b
+    if weights is not None:
+        root = weights.detach().sqrt()
+        of_search, every, right = weighted(static), (*leaves, root), root[:, :, None] * b
+    active, weak, multipliers, status, size = _ActiveSet.apply(of_search, damp, right, lower, upper, *every)
     bound = at_bounds(active, lower, upper)[:, :, None]
     right = b - static.product(leaves, bound, adjoint=False)
     free = (active == 0).to(b.dtype)
     damp = torch.where(active != 0, size, damp)
-    r, y, report, _ = SolveMatrixFree.apply(on_free(static), damp, right, None, None, None, *leaves, free)
+    slots = right, None, None, None, None
+    r, _, y, report, _ = SolveMatrixFree.apply(on_free(static), damp, weights, *slots, *leaves, free)
     return (r, y + bound, status, active, multipliers, weak), y, report

@@ -183,13 +183,11 @@ def _by_products(
     upper: Tensor,
 ) -> tuple[Found, Tensor, Tensor]:
     """As `solve_each`, of an operator."""
-    if weights is not None:
-        root = weights.sqrt()
-        A, b = A.weighted(root), root[:, None] * b
     leaves, spec = torch_pytree.tree_flatten(A.params)
     static = OperatorStatic(A.matvec, A.rmatvec, spec, *shape, A.dtype, False, A.working, settings, on_failure)
     every = [leaf.expand(len(b), *leaf.shape) for leaf in leaves]
-    found, y, report = solve_each_by_products(static, every, damp, b, lower, upper)
+    of_each = None if weights is None else weights.expand(len(b), -1)
+    found, y, report = solve_each_by_products(static, every, of_each, damp, b, lower, upper)
     return Found(*found), y, report
 
 

@@ -200,8 +200,8 @@ class LinearOperator(OperatorAlgebra):
 
     def weighted(self, root: Tensor) -> LinearOperator:
         """diag(root) A of a posed A, of which `root` (m,) is a parameter too."""
-        adjoint = None if self.rmatvec is None else _WeightedAdjoint(self.rmatvec)
-        posed = LinearOperator(_Weighted(self.matvec), (self.params, root), self.in_size, self.dtype, rmatvec=adjoint)
+        adjoint = None if self.rmatvec is None else WeightedAdjoint(self.rmatvec)
+        posed = LinearOperator(Weighted(self.matvec), (self.params, root), self.in_size, self.dtype, rmatvec=adjoint)
         posed.working = self.working
         return posed
 
@@ -266,7 +266,9 @@ def _is_dense(leaf: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Weighted:
+class Weighted:
+    """x -> root A x for params (those of A, root)."""
+
     matvec: Product
 
     def __call__(self, params: Any, x: Tensor) -> Tensor:
@@ -274,7 +276,9 @@ class _Weighted:
 
 
 @dataclass(frozen=True)
-class _WeightedAdjoint:
+class WeightedAdjoint:
+    """y -> A^H root y"""
+
     rmatvec: Product
 
     def __call__(self, params: Any, y: Tensor) -> Tensor:
