@@ -17,14 +17,14 @@ import growth
 from cases import CASES, Case
 from client import Client
 from compare import HEADER, compare, heading, markdown
-from environment import describe, peers_python
+from environment import beside, describe, peers_python
 from worker import MODULES
 
 _OURS = ("ours", "torch dense", "scipy")  # what they need is there where the library is
 
 _NOTE = (
     "tolerances of the iterations: our own default; 1e-9 for matfree, lineax and SciPy (1e-6 in JAX's float32); "
-    "torchsparsegradutils as it comes (1e-6)"
+    "torchsparsegradutils as it comes (1e-6), torch-sla too (a factor of A^T A where it takes one)"
 )
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(f"no case has {arguments.only!r} in its name; see --list and --all")
     needed = {name for case in chosen for name in case.peers + case.forward} | {"ours"}
     peers = None if needed <= set(_OURS) else peers_python(arguments.peers)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, beside(arguments.busy):
         folder = Path(name)
         clients = {
             name: Client(name, Path(sys.executable) if name in _OURS else peers, folder, arguments.limit)
@@ -61,7 +61,8 @@ def main() -> None:
 def _run(
     chosen: list[Case], extras: list[str], clients: dict[str, Client], arguments: argparse.Namespace, folder: Path
 ) -> None:
-    print("\n".join(f"- {line}" for line in [*describe(clients), _NOTE]), flush=True)
+    others = [f"{arguments.busy} other processes that keep a core busy each"] if arguments.busy else []
+    print("\n".join(f"- {line}" for line in [*describe(clients), *others, _NOTE]), flush=True)
     if chosen:
         print("\n" + heading(HEADER), flush=True)
     for case in chosen:  # a row is printed as soon as it is known
@@ -77,6 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="WORD", default="", help="cases whose name contains it, or is it")
     parser.add_argument("--all", action="store_true", help="with the cases that take long")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
+    parser.add_argument("--busy", metavar="N", type=int, default=0, help="other processes that keep a core busy each")
     parser.add_argument("--repeats", metavar="N", type=int, default=5, help="pairs of calls (default: %(default)s)")
     parser.add_argument("--limit", metavar="S", type=float, default=60.0, help="seconds a call may take (default: 60)")
     parser.add_argument("--peers", metavar="PATH", type=Path, help="an environment that has the peers already")

@@ -11,7 +11,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 Arrays = dict[str, np.ndarray]
-_SPARSE = ("torchsparsegradutils", "matfree", "lineax")
+_SPARSE = ("torchsparsegradutils", "matfree", "lineax", "torch-sla")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def _training() -> Arrays:
     return problem | {"target": target, "steps": np.array(50), "rate": np.array(1e5)}
 
 
+_EFFECTS = "fixed effects, 1,000,000 observations"
 _dense = "torch dense"  # where A has no more than 5e7 entries, zeros included
 _one = Own("ours, one right-hand side", "gradient", _first_column)
 _plain = Own("ours, one solve without gradient", "solve", lambda problem: problem)
@@ -105,7 +106,9 @@ CASES = (
     Case("grid 300 x 300", lambda: arrays(problems.grid(300, 2)), forward=("scipy", "spqr")),
     Case("grid 20 x 20 x 20", lambda: arrays(problems.grid(20, 3)), forward=("scipy", "spqr")),
     Case("grid 40 x 40 x 40", lambda: arrays(problems.grid(40, 3)), forward=("scipy", "spqr")),
-    Case("fixed effects, 1,000,000 observations", lambda: arrays(problems.fixed_effects())),
+    Case(
+        "fixed effects, 1,000,000 observations", lambda: arrays(problems.fixed_effects()), forward=("scipy", "within")
+    ),
     Case("tomography 64 x 64, 90 angles", lambda: arrays(problems.tomography(64, 90)), peers=(*_SPARSE, _dense)),
     Case("tomography 128 x 128, 180 angles", lambda: arrays(problems.tomography(128, 180)), large=True),
     Case("1,000 problems 60 x 20 by vmap", lambda: _batch(1000, 60, 20), peers=(_dense,), forward=()),

@@ -23,6 +23,8 @@ _NAMES = {
     "lineax": "lineax LSMR",
     "scipy": "SciPy LSMR",
     "spqr": "SuiteSparse SPQR",
+    "torch-sla": "torch-sla, normal equations",
+    "within": "within",
 }
 _PAUSE = 0.1  # seconds for the threads of the contestant before to fall asleep
 _PATIENCE = 180.0  # seconds of calls beside one contestant after which three of them will do

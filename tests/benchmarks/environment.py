@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from client import Client, Failed
@@ -40,6 +42,18 @@ def peers_python(given: Path | None) -> Path:
             print(f"{package} could not be installed", file=sys.stderr)
     done.write_text(wanted)
     return python
+
+
+@contextlib.contextmanager
+def beside(count: int) -> Iterator[None]:
+    """As many processes that do nothing but keep a core busy, as on a machine that is shared."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def describe(clients: dict[str, Client]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,33 @@ def sparse_training(problem: dict[str, np.ndarray]) -> Run:
             (sparse_generic_lstsq(A, b) - target).square().sum().backward()
             w = (w - rate * w.grad).detach()
         return {"w": w}
+
+    return run
+
+
+def normal_gradient(problem: dict[str, np.ndarray]) -> Run:
+    """x and the gradients of cotangent . x through A^T A x = A^T b, which torch-sla solves.
+
+    Where the entries of A^T A come from is found beforehand.
+    """
+    from torch_sla import spsolve
+
+    (rows, columns), (_, n), values, b, cotangent = _tensors(problem)
+    order = torch.argsort(rows, stable=True)
+    counts = torch.bincount(rows)
+    of_pairs = counts[rows[order]]  # each entry meets all of its row
+    left = order.repeat_interleave(of_pairs)
+    starts = (counts.cumsum(0) - counts)[rows[order]].repeat_interleave(of_pairs)
+    within = torch.arange(len(left)) - (of_pairs.cumsum(0) - of_pairs).repeat_interleave(of_pairs)
+    right = order[starts + within]
+    keys, place = torch.unique(columns[left] * n + columns[right], return_inverse=True)
+
+    def run() -> dict[str, Any]:
+        v, c = values.clone().requires_grad_(), b.clone().requires_grad_()
+        gram = v.new_zeros(len(keys)).index_add(0, place, v[left] * v[right])
+        x = spsolve(gram, keys // n, keys % n, (n, n), v.new_zeros(n).index_add(0, columns, v * c[rows]), is_spd=True)
+        x.backward(cotangent)
+        return {"x": x.detach(), "by_values": v.grad, "by_b": c.grad}
 
     return run
 
@@ -107,9 +135,8 @@ def about_torch() -> dict[str, Any]:
 def about(contestant: str) -> dict[str, Any]:
     """Versions and threads."""
     versions = {"torch": torch.__version__}
-    if contestant == "torchsparsegradutils":
-        import torchsparsegradutils  # noqa: F401  where it is missing, this says so
-
+    if contestant != "torch dense":
+        importlib.import_module(contestant.replace("-", "_"))  # where it is missing, this says so
         versions = {contestant: importlib.metadata.version(contestant)} | versions
     return {"versions": versions} | about_torch()
 
@@ -120,5 +147,6 @@ WORKS = {
         "columns": sparse_gradient,
         "training": sparse_training,
     },
+    "torch-sla": {"gradient": normal_gradient},
     "torch dense": {"gradient": dense_gradient, "columns": dense_gradient, "jacobian": dense_jacobian},
 }

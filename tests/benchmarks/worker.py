@@ -23,6 +23,8 @@ MODULES = {
     "lineax": "jax_peers",
     "scipy": "scipy_peers",
     "spqr": "scipy_peers",
+    "torch-sla": "torch_peers",
+    "within": "effects_peer",
 }
 
 
