@@ -1,4 +1,4 @@
-"""Derivatives as they are asked for: by dampings and weights of zero, of squares, of complex numbers, by plain autograd."""
+"""Derivatives as they are asked for: by dampings and weights of zero, of squares, complex ones, backward twice."""
 
 import itertools
 import math

@@ -89,3 +89,17 @@ def test_masks_times_learned_weights():
     want = grad(lambda w: fl.lstsq(matrix(MATRIX), B, weights=mask * w).sum())(1 + WEIGHTS)
     assert not bool(slope[:3].any())
     close(slope, want, 1e-10)
+
+
+@pytest.mark.parametrize("damp", [torch.tensor(0.5).double(), torch.linspace(0, 1, 9).double()], ids=["one", "each"])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0, 1, 2, 0.5, 3]).double(), torch.ones(5).double()], ids=str)
+@pytest.mark.parametrize("along", [jacrev, jacfwd])
+def test_a_wide_operator_with_dampings(along, weights, damp):
+    A, b = normal(5, 9), normal(5)
+    every = (0, 1, 3) if weights is None else (0, 1, 2, 3)
+
+    def of(kind):
+        return along(lambda A, b, w, d: fl.lstsq(kind(A), b, weights=w, damp=d), every)(A, b, weights, damp)
+
+    for found, want in zip(of(operator), of(matrix), strict=True):
+        close(found, want, 1e-9)

@@ -107,7 +107,7 @@ def pose(
         raise ValueError(f"refine must be 'auto' or 'extended', got {refine!r}")
     if stops and refine == "extended":
         raise ValueError(f"refine='extended' needs a solution, and CGLS(steps={solver.steps}) stops short of it")
-    if sparse and m < n and not part and _is_better_tall(A, damp, weights):
+    if m < n and not part and robust is None and not stops and _is_better_tall(A, damp, weights):
         damp = damp.expand(n)
     wide = is_wide((m, n), damp) and not stops
     make: Any = text_for_graph if torch.compiler.is_compiling() else Settings
@@ -121,8 +121,6 @@ def pose(
         tolerance=rank_tolerance,
         of=of or ("lstsq" if bounds is None else "bounds"),
     )
-    if isinstance(A, LinearOperator) and m < n and not wide and not stops:
-        raise ValueError("damp must be a number for a LinearOperator with fewer rows than columns, got shape (n,)")
     if robust is not None and damp is not None and damp.ndim:
         raise ValueError(f"damp must be a number with robust, got shape {tuple(damp.shape)}")
     if robust is not None:
@@ -208,15 +206,17 @@ def _weights(weights: Any, m: int, device: torch.device, on_failure: str) -> Ten
     return convert(weights.to(device), torch.float64, "the derivative by weights", on_failure)
 
 
-def _is_better_tall(A: SparseMatrix, damp: Tensor | None, weights: Tensor | None) -> bool:
+def _is_better_tall(A: SparseMatrix | LinearOperator, damp: Tensor | None, weights: Tensor | None) -> bool:
     """Whether a wide A with weights and one damping is better solved as the tall [A; d] than by A^H.
 
     There each row has a damping d / sqrt(weight), rounded, and infinite where a weight is zero, by which it has no
     derivative. It takes as much less time as A is wide, and a small damping has no effect on its condition number.
     """
-    if damp is None or damp.ndim or weights is None or not A.pattern.nnz:
+    if damp is None or damp.ndim or weights is None:
         return False
-    if is_traced(damp) or is_traced(weights) or is_traced(A.values):
+    if isinstance(A, LinearOperator):
+        return bool((concrete(damp) > 0).all()) and bool((concrete(weights) == 0).any())
+    if not A.pattern.nnz or is_traced(damp) or is_traced(weights) or is_traced(A.values):
         return False
     least = _LEAST_DAMPING * concrete(A.values).abs().max()
     small = A.shape[1] <= _FEW or bool((concrete(weights) == 0).any())
