@@ -40,7 +40,8 @@ def factor(pattern: SparsePattern, values: Tensor, weights: Tensor | None, damp:
     told, start = np.empty((copies, _TOLD)), in_every_direction(n)
     work = copies * (n**3 // 6 + 100 * n**2 + multiplications(pattern))
     key = "small_factor", L.dtype, given.pointers.itemsize
-    run("small_factor", key, copies, work, *_matrix(given), w, d, start, scaled, D, N, d2, L, told)
+    A = given.zero, *given[:3]
+    run("small_factor", key, copies, work, *A, w, d, start, scaled, D, N, d2, L, told)
     return Factors(given._replace(values=scaled), w, D, d2, L, told, pattern.shape[0])
 
 
@@ -64,15 +65,11 @@ def solve(
     about, report = np.empty((copies, 0, k)) if known is None else array(known), np.empty((copies, fields, k))
     work = copies * k * 8 * (n**2 + 2 * A.values.shape[1])
     key = "small_solve", L.dtype, A.pointers.itemsize
-    given = *_matrix(A), weights, D, d2, L, told, b, e, c, about, _signs(m + n), limits, codes
+    given = A.zero, *A[:3], weights, D, d2, L, told, b, e, c, about, _signs(m + n), limits, codes
     run("small_solve", key, copies * k, work, *given, r, s, x, report)
     found = torch.from_numpy(report)
     failed = found[:, 0].isnan().any(1).nonzero()[:, 0]
     return torch.from_numpy(r), torch.from_numpy(s), torch.from_numpy(x), found, failed
-
-
-def _matrix(A: Matrix) -> tuple:
-    return A.zero, A.pointers, A.indices, A.values
 
 
 @functools.lru_cache(maxsize=16)

@@ -141,7 +141,7 @@ class Primitive(torch.autograd.Function):
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.static, ctx.count = static, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[outputs[i] for i in cls.constants])
+        ctx.mark_non_differentiable(*map(outputs.__getitem__, cls.constants))
         ctx.save_for_backward(*tensors, *outputs)
         ctx.save_for_forward(*tensors, *outputs)
 
