@@ -12,8 +12,6 @@ A batch shares its passes: the problems that are not done are one batch of solve
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
 from ..torch_func.primitive import Constant, define
-from .pivoting import BY_DAMPING, Bounded, Judged, Tried, at_bounds, check_order, judge, left_of_shift
+from .pivoting import BY_DAMPING, Bounded, Judged, Problems, Tried, at_bounds, check_order, judge, left_of_shift
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
 _SINGLES = 30  # single exchanges before the slower method
@@ -33,7 +31,7 @@ _BLOCKS, _ONE_BY_ONE, _CHECK, _DONE = range(4)
 class _Search:
     """P searches side by side; tensors are (P,) or (P, n)."""
 
-    def __init__(self, problems: Any):
+    def __init__(self, problems: Problems):
         self.problems = problems
         weights, damp, lower, upper = problems.weights, problems.damp, problems.lower, problems.upper
         m, n, size, device = problems.m, problems.n, len(problems.b), problems.b.device
@@ -75,6 +73,7 @@ class _Search:
             problems = self.problems.take(going)
             if problems.weights is not None and self.capped is not None:
                 alone = (self.phase[going] == _ONE_BY_ONE)[:, None]
+                assert isinstance(problems, Bounded)
                 problems = problems._replace(weights=torch.where(alone, self.capped[going], problems.weights))
             tried = problems.attempt(self.active[going])
             judged = judge(problems.lower, problems.upper, self.active[going], tried)
@@ -88,7 +87,7 @@ class _Search:
     def _end(self, which: Tensor, status: int) -> None:
         self.phase[which], self.status[which] = _DONE, status
 
-    def _exchange(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
+    def _exchange(self, which: Tensor, problems: Problems, tried: Tried, judged: Judged) -> None:
         """Principal pivoting: those that violate a condition change sides."""
         active, wrong = self.active[which], judged.wrong
         count = wrong.sum(1)
@@ -120,7 +119,7 @@ class _Search:
         zero = at_bounds(self.cold, self.problems.lower, self.problems.upper)
         self.x[which], self.banned[which] = zero[which], False
 
-    def _free_one(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
+    def _free_one(self, which: Tensor, problems: Problems, tried: Tried, judged: Judged) -> None:
         """Go from x towards the solution on the free unknowns until one meets its bound; there, free another."""
         lower, upper, active, x = problems.lower, problems.upper, self.active[which], self.x[which]
         freed, rows = self.freed[which], torch.arange(len(which), device=which.device)
@@ -156,7 +155,7 @@ class _Search:
         self.phase[finished], self.least[finished] = _CHECK, self.problems.n + 1
         self.patience[finished], self.singles[finished] = _PATIENCE, 0
 
-    def _settle(self, which: Tensor, problems: Any, tried: Tried, judged: Judged) -> None:
+    def _settle(self, which: Tensor, problems: Problems, tried: Tried, judged: Judged) -> None:
         """No condition is violated; decide those that are too near to tell."""
         active, unclear = self.active[which], judged.unclear
         release = torch.zeros_like(unclear)
@@ -218,7 +217,7 @@ def _active_set(
     return active, weak, ldexp(multipliers, exponents), status
 
 
-def find_active_set(problems: Any, on_failure: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def find_active_set(problems: Problems, on_failure: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(active, weak, multipliers (P, n), status (P,)) of `Bounded` problems, or of others that can be attempted so."""
     lower = problems.lower
     if not (len(problems.b) and problems.m and problems.n):

@@ -29,7 +29,7 @@ from .arguments import Problem
 from .augmented import solve_augmented
 from .bounded_operator import solve_each_by_products
 from .gradient import Static
-from .operator_static import OperatorStatic
+from .matrix_free import static_of
 from .pivoting import at_bounds
 from .settings import Settings, check_solver, settings_of
 
@@ -183,8 +183,7 @@ def _by_products(
     upper: Tensor,
 ) -> tuple[Found, Tensor, Tensor]:
     """As `solve_each`, of an operator."""
-    leaves, spec = torch_pytree.tree_flatten(A.params)
-    static = OperatorStatic(A.matvec, A.rmatvec, spec, *shape, A.dtype, False, A.working, settings, on_failure)
+    static, leaves = static_of(A, *shape, settings, on_failure)
     every = [leaf.expand(len(b), *leaf.shape) for leaf in leaves]
     of_each = None if weights is None else weights.expand(len(b), -1)
     found, y, report = solve_each_by_products(static, every, of_each, damp, b, lower, upper)

@@ -247,6 +247,16 @@ def _outside(
     return left if damp is None else left + damp.square()[:, :, None] * x
 
 
+def static_of(
+    A: LinearOperator, m: int, n: int, settings: Settings | str, how: str, *, wide: bool = False
+) -> tuple[OperatorStatic, list[Tensor]]:
+    """(what a solve is given of a posed A, or of A^H where it is wide; its leaves)"""
+    leaves, spec = torch_pytree.tree_flatten(A.params)
+    rows, columns = (n, m) if wide else (m, n)
+    of_A = A.matvec, A.rmatvec, spec, rows, columns, A.dtype, wide, A.working
+    return OperatorStatic(*of_A, settings_of(settings), how), leaves
+
+
 def solve_matrix_free(
     A: LinearOperator,
     m: int,
@@ -263,11 +273,7 @@ def solve_matrix_free(
 
     Weights (1, m) are those of a tall A.
     """
-    leaves, spec = torch_pytree.tree_flatten(A.params)
-    rows, columns = (n, m) if wide else (m, n)
-    static = OperatorStatic(
-        A.matvec, A.rmatvec, spec, rows, columns, A.dtype, wide, A.working, settings_of(settings), how
-    )
+    static, leaves = static_of(A, m, n, settings, how, wide=wide)
     right = (None, None, b) if wide else (b, None, None)
     found = SolveMatrixFree.apply(static, damp, weights, *right, start, None, *(leaf[None] for leaf in leaves))
     return found[0], found[2], found[3]

@@ -10,7 +10,7 @@ the errors that the solve claims, so that three things may be said of each unkno
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,35 @@ class Bounded(NamedTuple):
         of_entries = e.gather(1, indices[1].expand(len(e), -1))
         values, damp = ldexp(self.values, -of_entries), ldexp(self.damp, -e)
         return self._replace(values=values, damp=damp, lower=ldexp(self.lower, e), upper=ldexp(self.upper, e)), e
+
+
+class Problems(Protocol):
+    """What the search for an active set asks of P bounded problems, whoever solves them; tensors as of `Bounded`."""
+
+    @property
+    def weights(self) -> Tensor | None: ...
+
+    @property
+    def damp(self) -> Tensor: ...
+
+    @property
+    def b(self) -> Tensor: ...
+
+    @property
+    def lower(self) -> Tensor: ...
+
+    @property
+    def upper(self) -> Tensor: ...
+
+    @property
+    def m(self) -> int: ...
+
+    @property
+    def n(self) -> int: ...
+
+    def take(self, which: Tensor) -> Problems: ...
+
+    def attempt(self, active: Tensor) -> Tried: ...
 
 
 class Tried(NamedTuple):
