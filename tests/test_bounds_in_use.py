@@ -191,32 +191,40 @@ def test_no_columns_and_no_entries():
     assert (fl.lstsq(nothing, torch.ones(3), bounds=(2, 2)) == 2).all()
 
 
-def test_what_is_refused():
-    f, values, b, _, _ = small()
-    matrix, b = fl.SparseMatrix(values, full_pattern(9, 4)), b[:, 0]
-    one = torch.ones(4, dtype=F64)
-    for error, message, call in [
-        (ValueError, "lower <= upper.* got 2 and 1 at 0", lambda: f(values, b, 2.0, 1.0)),
-        (ValueError, "lower <= upper", lambda: f(values, b, torch.nan, 1.0)),
-        (ValueError, "lower <= upper", lambda: f(values, b, INF, INF)),
+F, VALUES, COLUMNS, _, _ = small()
+MATRIX, COLUMN, ONE = fl.SparseMatrix(VALUES, full_pattern(9, 4)), COLUMNS[:, 0], torch.ones(4, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "lower <= upper.* got 2 and 1 at 0", lambda: F(VALUES, COLUMN, 2.0, 1.0)),
+        (ValueError, "lower <= upper", lambda: F(VALUES, COLUMN, torch.nan, 1.0)),
+        (ValueError, "lower <= upper", lambda: F(VALUES, COLUMN, INF, INF)),
         (
             ValueError,
             r"lower bound must be a number or of shape \(\) or \(4,\), got \(3,\)",
-            lambda: f(values, b, one[:3]),
+            lambda: F(VALUES, COLUMN, ONE[:3]),
         ),
-        (TypeError, "upper bound must be a number or a dense real tensor, got None", lambda: f(values, b, 0.0, None)),
-        (TypeError, r"a pair \(lower, upper\), got float", lambda: fl.lstsq(matrix, b, bounds=0.0)),
-        (TypeError, "need real A and b", lambda: fl.lstsq(matrix, b.to(torch.complex128), bounds=(0.0, INF))),
-        (ValueError, "allow no robust", lambda: f(values, b, robust=fl.Huber())),
-        (ValueError, "allow no rank_deficient", lambda: f(values, b, rank_deficient="minimum_norm")),
+        (
+            TypeError,
+            "upper bound must be a number or a dense real tensor, got None",
+            lambda: F(VALUES, COLUMN, 0.0, None),
+        ),
+        (TypeError, r"a pair \(lower, upper\), got float", lambda: fl.lstsq(MATRIX, COLUMN, bounds=0.0)),
+        (TypeError, "need real A and b", lambda: fl.lstsq(MATRIX, COLUMN.to(torch.complex128), bounds=(0.0, INF))),
+        (ValueError, "allow no robust", lambda: F(VALUES, COLUMN, robust=fl.Huber())),
+        (ValueError, "allow no rank_deficient", lambda: F(VALUES, COLUMN, rank_deficient="minimum_norm")),
         (
             ValueError,
             "pins unknown 0 at zero, which its bounds exclude",
-            lambda: f(values, b, one, 2.0, damp=one * INF),
+            lambda: F(VALUES, COLUMN, ONE, 2.0, damp=ONE * INF),
         ),
-    ]:
-        with pytest.raises(error, match=message):
-            call()
+    ],
+)
+def test_what_is_refused(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_traced_by_make_fx():

@@ -129,58 +129,67 @@ def test_throw_false_tells_instead_of_raising():
     assert batch.x[0].isnan().all()
 
 
-def test_errors_name_the_argument():
-    pattern, values, b = problem(6, 3)
-    A = fl.SparseMatrix(values, pattern)
-    nan = b.clone()
-    nan[1] = torch.nan
-    for call, error, message in [
-        (lambda: fl.lstsq(A.to_dense(), b), TypeError, r"A must be a SparseMatrix, .* got a dense tensor"),
-        (lambda: fl.lstsq(A, b[:5]), ValueError, r"b must have shape \(6,\) or \(6, k\) .* got \(5,\)"),
-        (lambda: fl.lstsq(A, b[None]), ValueError, r"b must have shape"),
-        (lambda: fl.lstsq(A, b[:, None, None]), ValueError, r"use torch\.vmap"),
-        (lambda: fl.lstsq(A, b.tolist()), TypeError, r"b must be a dense tensor .* got list"),
-        (lambda: fl.lstsq(A, b.half().to_sparse()), TypeError, r"b must be a dense tensor"),
-        (lambda: fl.lstsq(A, nan), ValueError, r"b must be finite, got NaN"),
-        (lambda: fl.lstsq(A, b / 0), ValueError, r"b must be finite, got infinity"),
-        (lambda: fl.lstsq(fl.SparseMatrix(values * torch.nan, pattern), b), ValueError, r"A must be finite, got NaN"),
-        (lambda: fl.lstsq(A, b, damp=-1), ValueError, r"damp must not be negative, got -1"),
-        (lambda: fl.lstsq(A, b, damp="1"), TypeError, r"damp must be a non-negative number"),
+PATTERN, VALUES, B = problem(6, 3)
+A = fl.SparseMatrix(VALUES, PATTERN)
+WITH_NAN = B.index_fill(0, torch.tensor([1]), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fl.lstsq(A.to_dense(), B), TypeError, r"A must be a SparseMatrix, .* got a dense tensor"),
+        (lambda: fl.lstsq(A, B[:5]), ValueError, r"b must have shape \(6,\) or \(6, k\) .* got \(5,\)"),
+        (lambda: fl.lstsq(A, B[None]), ValueError, r"b must have shape"),
+        (lambda: fl.lstsq(A, B[:, None, None]), ValueError, r"use torch\.vmap"),
+        (lambda: fl.lstsq(A, B.tolist()), TypeError, r"b must be a dense tensor .* got list"),
+        (lambda: fl.lstsq(A, B.half().to_sparse()), TypeError, r"b must be a dense tensor"),
+        (lambda: fl.lstsq(A, WITH_NAN), ValueError, r"b must be finite, got NaN"),
+        (lambda: fl.lstsq(A, B / 0), ValueError, r"b must be finite, got infinity"),
         (
-            lambda: fl.lstsq(A, b, damp=torch.ones(2)),
+            lambda: fl.lstsq(fl.SparseMatrix(VALUES * torch.nan, PATTERN), B),
+            ValueError,
+            r"A must be finite, got NaN",
+        ),
+        (lambda: fl.lstsq(A, B, damp=-1), ValueError, r"damp must not be negative, got -1"),
+        (lambda: fl.lstsq(A, B, damp="1"), TypeError, r"damp must be a non-negative number"),
+        (
+            lambda: fl.lstsq(A, B, damp=torch.ones(2)),
             ValueError,
             r"damp must be a number or of shape \(3,\).* got \(2,\)",
         ),
-        (lambda: fl.lstsq(A, b, damp=float("inf")), ValueError, r"damp must be finite, got infinity"),
-        (lambda: fl.lstsq(A, b, weights=b[:2]), ValueError, r"weights must have shape \(6,\)"),
-        (lambda: fl.lstsq(A, b, weights=-b.abs()), ValueError, r"weights must not be negative"),
-        (lambda: fl.lstsq(A, b, weights=b * 1j), TypeError, r"weights must be a real tensor"),
-        (lambda: fl.lstsq(A, b, solver="lsmr"), TypeError, r"solver must be None or a Solver"),
-        (lambda: fl.lstsq(A, b, solver=fl.CGLS), TypeError, r"solver must be None or a Solver"),
-        (lambda: fl.lstsq(A, b.half()), TypeError, r"A and b must be float32"),
-        (lambda: fl.SparsePattern(pattern.indices, (6.5, 3)), ValueError, r"shape must be a pair"),
-        (lambda: fl.lstsq(A, b, rank_deficient="ignore"), ValueError, r"rank_deficient must be"),
+        (lambda: fl.lstsq(A, B, damp=float("inf")), ValueError, r"damp must be finite, got infinity"),
+        (lambda: fl.lstsq(A, B, weights=B[:2]), ValueError, r"weights must have shape \(6,\)"),
+        (lambda: fl.lstsq(A, B, weights=-B.abs()), ValueError, r"weights must not be negative"),
+        (lambda: fl.lstsq(A, B, weights=B * 1j), TypeError, r"weights must be a real tensor"),
+        (lambda: fl.lstsq(A, B, solver="lsmr"), TypeError, r"solver must be None or a Solver"),
+        (lambda: fl.lstsq(A, B, solver=fl.CGLS), TypeError, r"solver must be None or a Solver"),
+        (lambda: fl.lstsq(A, B.half()), TypeError, r"A and b must be float32"),
+        (lambda: fl.SparsePattern(PATTERN.indices, (6.5, 3)), ValueError, r"shape must be a pair"),
+        (lambda: fl.lstsq(A, B, rank_deficient="ignore"), ValueError, r"rank_deficient must be"),
         (lambda: fl.CGLS(tolerance=0.5), ValueError, r"tolerance must be above 0 and below 0.1"),
         (lambda: fl.CGLS(max_iterations=0), ValueError, r"max_iterations must be above 0"),
-        (lambda: torch.vmap(lambda b: fl.lstsq(A, b))(torch.stack([b, nan])), ValueError, r"b must be finite"),
+        (lambda: torch.vmap(lambda b: fl.lstsq(A, b))(torch.stack([B, WITH_NAN])), ValueError, r"b must be finite"),
         (
-            lambda: torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v / 0, pattern), b).sum())(values),
+            lambda: torch.func.grad(lambda v: fl.lstsq(fl.SparseMatrix(v / 0, PATTERN), B).sum())(VALUES),
             ValueError,
             "A ",
         ),
-    ]:
-        with pytest.raises(error, match=message):
-            call()
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
-def test_empty_sizes():
-    for m, n in ((0, 0), (3, 0), (0, 3)):
-        A = fl.SparseMatrix(torch.zeros(0, dtype=torch.float64), fl.SparsePattern(torch.zeros(2, 0).long(), (m, n)))
-        for b in (torch.ones(m, dtype=torch.float64), torch.ones(m, 2, dtype=torch.float64)):
-            solution = fl.solve(A, b)
-            assert solution.x.shape == (n, *b.shape[1:])
-            assert solution.info.method == "none"
-            assert torch.equal(solution.residual, b)
+@pytest.mark.parametrize("columns", [(), (2,)])
+@pytest.mark.parametrize(("m", "n"), [(0, 0), (3, 0), (0, 3)])
+def test_empty_sizes(m, n, columns):
+    A = fl.SparseMatrix(torch.zeros(0, dtype=torch.float64), fl.SparsePattern(torch.zeros(2, 0).long(), (m, n)))
+    b = torch.ones(m, *columns, dtype=torch.float64)
+    solution = fl.solve(A, b)
+    assert solution.x.shape == (n, *columns)
+    assert solution.info.method == "none"
+    assert torch.equal(solution.residual, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
