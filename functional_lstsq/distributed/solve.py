@@ -32,6 +32,7 @@ from ..sparse.pattern import SparsePattern, find_pattern
 from ..sparse.plain_products import Operator
 from ..sparse.precision import convert
 from ..sparse.products import multiply, sample
+from ..torch_func.cores import steady
 from ..torch_func.tracing import concrete
 from .collectives import shared_by, total_of
 from .matrix import ShardedMatrix
@@ -71,6 +72,7 @@ class _Static(Static):
         return shared_by(t, self.ranks.name)
 
 
+@steady()
 def _solved(static: _Static, tensors: Sequence[Any], token: Tensor | None, indices: Tensor) -> tuple[Tensor, ...]:
     """What `solve_plainly` gives, on ranks that have agreed on what is theirs together, before and after."""
     values, weights, damp, b, e, c, known = tensors

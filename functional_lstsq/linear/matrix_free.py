@@ -19,6 +19,7 @@ from torch import Tensor
 from ..result import Report
 from ..solvers.system import System
 from ..sparse.operator import LinearOperator, Weighted, WeightedAdjoint
+from ..torch_func.cores import shared_cores
 from ..torch_func.forward_mode import jvp
 from ..torch_func.primitive import (
     Primitive,
@@ -66,22 +67,12 @@ def _solve(static: OperatorStatic, damp, b, c, start, token, leaves: tuple) -> t
     given = b if b is not None else c
     like = torch.empty((given.shape[0], 0), dtype=static.dtype, device=given.device)
     unit, tolerance = static.settings.precision, static.settings.tolerance
-    return solve_plainly(
-        like,
-        {"params": leaves},
-        None,
-        damp,
-        b,
-        None,
-        c,
-        start,
-        token,
-        static.m,
-        static.n,
-        static.settings,
-        static.on_failure,
-        lambda: System(OperatorProducts(static, leaves, like), damp, unit, tolerance=tolerance),
-    )
+    of_operator = static.m, static.n, static.settings, static.on_failure
+    with shared_cores:
+        return solve_plainly(
+            like, {"params": leaves}, None, damp, b, None, c, start, token, *of_operator,
+            lambda: System(OperatorProducts(static, leaves, like), damp, unit, tolerance=tolerance),
+        )  # fmt: skip
 
 
 def weighted(static: OperatorStatic) -> OperatorStatic:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..sparse.base import Products, dot
+from ..torch_func.cores import settle
 from .watching import is_watched, tell
 
 _IMPROVED = 1e-4  # times the gamma of the iterate that is kept: an iterate of less is kept in its place
@@ -144,6 +145,7 @@ def _iterate_one(
     live, going = torch.zeros(1, dtype=torch.int64, device=b.device), True
     while going and steps.gamma > 0 and step < limit:
         last, ahead = steps.gamma, 1 if watched else _until_a_look(step)
+        settle()
         done, going = steps.advance(min(ahead, limit - step), target, _BLOWN_UP * kept_gamma)
         if not done:
             break
@@ -256,6 +258,7 @@ def iterate(
         if drop and 2 * count <= len(steps.live):
             finished = _put(finished, steps.live, steps.best())
             steps.take(alive.nonzero()[:, 0])
+        settle()
         steps.advance()
         if rises is not None or step % _LOOK == 0:
             steps.keep_improved()

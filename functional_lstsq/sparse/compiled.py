@@ -20,11 +20,13 @@ from numba import types
 from numba.core import event
 from numba.extending import intrinsic, overload
 
+from .compiled_columns import add_row
+
 # Sums may be reordered and products fused. NaN and infinity keep their meaning.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
 _ALONE: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _TERMS = 1024  # of sums in A^H A that are taken in one go
-_ONE, _TWO, _THREE, _FOUR = (np.uint64(number) for number in (1, 2, 3, 4))
+_ONE, _TWO, _THREE, _FOUR, _EIGHT = (np.uint64(number) for number in (1, 2, 3, 4, 8))
 
 
 def _jit(function):
@@ -113,6 +115,34 @@ def _conjugate(number):
     return lambda number: number
 
 
+def add_columns(indices, values, start, stop, X, out, i, first, width):
+    """first + width; out[i, c] = sum of values[e] X[indices[e], c] over start <= e < stop, for columns from `first`."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(add_columns, prefer_literal=True)
+def _add_columns(indices, values, start, stop, X, out, i, first, width):
+    if not isinstance(out.dtype, types.Complex):
+        columns = width.literal_value
+        return lambda indices, values, start, stop, X, out, i, first, width: add_row(
+            indices, values, start, stop, X, out, i, first, columns
+        )
+
+    def add(indices, values, start, stop, X, out, i, first, width):
+        last = first + np.uint64(width)
+        while first < last:
+            c, first = min(first, last - _TWO), first + _TWO
+            one = two = 0j
+            for e in range(start, stop):
+                factor, j = wide(values[e]), indices[e]
+                one += factor * wide(X[j, c])
+                two += factor * wide(X[j, c + _ONE])
+            out[i, c], out[i, c + _ONE] = one, two
+        return last
+
+    return add
+
+
 @_jit
 def multiply_one(counter, chunk, zero, pointers, indices, values, x, out):
     """out[p, i] = sum of values[p, e] x[p, j] over the entries e = (i, j) of row i."""
@@ -136,7 +166,7 @@ def multiply_one(counter, chunk, zero, pointers, indices, values, x, out):
 
 @_jit
 def multiply_block(counter, chunk, zero, pointers, indices, values, X, out):
-    """As `multiply_one`, for X[p, j, :] and out[p, i, :]: four columns at a time, whose sums stay in registers."""
+    """As `multiply_one`, for X[p, j, :] and out[p, i, :] of two columns or more: up to eight sums stay in registers."""
     copies, rows, k = out.shape
     width = np.uint64(k)
     while True:
@@ -151,36 +181,14 @@ def multiply_block(counter, chunk, zero, pointers, indices, values, X, out):
             v, U, Y = values[p], X[p], out[p]
             for i in range(start, stop):
                 c = np.uint64(0)
+                while c + _EIGHT <= width:
+                    c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, c, 8)
                 while c + _FOUR <= width:
-                    a0 = a1 = a2 = a3 = zero
-                    for e in range(pointers[i], pointers[i + 1]):
-                        w, j = wide(v[e]), indices[e]
-                        a0 += w * wide(U[j, c])
-                        a1 += w * wide(U[j, c + _ONE])
-                        a2 += w * wide(U[j, c + _TWO])
-                        a3 += w * wide(U[j, c + _THREE])
-                    Y[i, c], Y[i, c + _ONE], Y[i, c + _TWO], Y[i, c + _THREE] = a0, a1, a2, a3
-                    c += _FOUR
+                    c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, c, 4)
                 if c + _THREE == width:
-                    a0 = a1 = a2 = zero
-                    for e in range(pointers[i], pointers[i + 1]):
-                        w, j = wide(v[e]), indices[e]
-                        a0 += w * wide(U[j, c])
-                        a1 += w * wide(U[j, c + _ONE])
-                        a2 += w * wide(U[j, c + _TWO])
-                    Y[i, c], Y[i, c + _ONE], Y[i, c + _TWO] = a0, a1, a2
-                elif c + _TWO == width:
-                    a0 = a1 = zero
-                    for e in range(pointers[i], pointers[i + 1]):
-                        w, j = wide(v[e]), indices[e]
-                        a0 += w * wide(U[j, c])
-                        a1 += w * wide(U[j, c + _ONE])
-                    Y[i, c], Y[i, c + _ONE] = a0, a1
-                elif c < width:
-                    a0 = zero
-                    for e in range(pointers[i], pointers[i + 1]):
-                        a0 += wide(v[e]) * wide(U[indices[e], c])
-                    Y[i, c] = a0
+                    c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, c, 3)
+                elif c < width:  # the last but one for a second time, if only one is left
+                    c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, width - _TWO, 2)
 
 
 @_jit

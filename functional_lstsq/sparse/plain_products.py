@@ -20,7 +20,6 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, device="cpu", check_invariants=False)
 
-_COLUMNS = 3  # real ones at most for which compiled kernels are as fast as torch's
 _LONG = 1024  # terms of a sum above which torch's kernels, which add up float32 in float32, lose the last digits
 # Products in single precision take half the time where memory bounds them.
 _SINGLE_ENTRIES = 500_000  # fewest of A
@@ -73,8 +72,8 @@ class RowByRow:
             out = X.new_empty((self.copies, self.pattern.shape[0], k))
         if not (entries and k):
             return out.zero_()
-        # Torch's are faster for more columns and for more work, if its threads have cores of their own.
-        if self.compiled_always or (self.compiled and k <= _COLUMNS and entries * k <= kernels.SMALL):
+        # Torch's is faster for one column and more work, if its threads have cores of their own.
+        if self.compiled_always or (self.compiled and (k > 1 or entries <= kernels.SMALL)):
             return kernels.multiply(self.arrays, X, out)
         if k == 1:  # as a vector, which has a faster kernel
             torch.mv(self.csr, X.reshape(-1), out=out.view(-1))

@@ -6,7 +6,7 @@
 - forward_mode: directional derivatives, one thread at a time.
 - closures: functions of the user's, freed of tensors that belong to transformations.
 - layouts: sparse tensors of torch, taken apart and put together under torch.func.
-- process: what becomes of threads and of forks.
+- process: what becomes of threads and of forks. cores: how many threads of OpenMP work, where others use the cores.
 
 Nothing of least squares is known here.
 """

@@ -26,6 +26,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from .cores import shared_cores
 from .process import entrance
 from .tracing import beside_graph, is_traced
 
@@ -43,6 +44,7 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
     def plainly(*args: Any) -> Any:
         with ExitStack() as stack:
             stack.enter_context(entrance)
+            stack.enter_context(shared_cores)
             device = args[0].device.type
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

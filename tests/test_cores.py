@@ -1,0 +1,96 @@
+"""How many threads a solve uses where others use the cores."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import functional_lstsq as fl
+from functional_lstsq.torch_func import cores
+
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """The calling thread's, with a schedstat that the test writes."""
+    turns, asked = cores._Turns(), torch.get_num_threads()
+    monkeypatch.setattr(cores, "_turns", turns)
+    torch.set_num_threads(2)
+    yield turns
+    torch.set_num_threads(asked)
+
+
+def threads_in_a_solve() -> int:
+    """That its last products use; those before look whether it is linear."""
+    seen = []
+
+    def matvec(scale, x):
+        seen.append(torch.get_num_threads())
+        return scale * x
+
+    A = fl.LinearOperator(matvec, torch.arange(1.0, 6.0, dtype=torch.float64), 5)
+    fl.lstsq(A, torch.ones(5, dtype=torch.float64))
+    return seen[-1]
+
+
+def test_who_has_waited_for_a_core_works_alone_until_nobody_waits(turns, monkeypatch):
+    millisecond, stat = 1_000_000, [0, 0]
+    monkeypatch.setattr(cores.os, "pread", lambda *_: b"%d %d 7\n" % tuple(stat))
+
+    def after(ran: int, waited: int) -> bool:
+        stat[0] += ran * millisecond
+        stat[1] += waited * millisecond
+        return turns.look()
+
+    if not os.path.exists("/proc/thread-self/schedstat"):
+        pytest.skip("this system does not say how long a thread has waited for a core")
+    assert not after(100, 5)
+    assert after(80, 20)
+    assert after(95, 5)  # it waits still, if not for long
+    assert after(5, 0)  # which is too short to judge by
+    assert not after(100, 0)
+
+
+@pytest.mark.skipif(not cores._pools(), reason="no OpenMP that could be told")
+def test_a_solve_leaves_the_number_of_threads_as_it_was(turns, monkeypatch):
+    monkeypatch.setattr(cores._Turns, "look", lambda self: True)
+    assert threads_in_a_solve() == 1
+    assert torch.get_num_threads() == 2
+
+    singular = fl.SparseMatrix.from_dense(torch.ones(3, 2, dtype=torch.float64))
+    with pytest.raises(fl.RankDeficientError):
+        fl.lstsq(singular, torch.ones(3, dtype=torch.float64))
+    assert torch.get_num_threads() == 2
+    with cores.shared_cores, cores.steady():
+        assert torch.get_num_threads() == 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert threads_in_a_solve() == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(cores._Turns, "look", lambda self: False)
+    assert threads_in_a_solve() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cores._pools() or not os.path.exists("/proc/thread-self/schedstat"), reason="not told here")
+def test_a_solve_beside_busy_processes_works_alone():
+    program = (
+        "import sys, time, torch; sys.path.insert(0, 'tests'); from test_cores import threads_in_a_solve\n"
+        "torch.set_num_threads(2); end = time.monotonic() + 60\n"
+        "while threads_in_a_solve() != 1 and time.monotonic() < end: pass\n"
+        "print(threads_in_a_solve(), torch.get_num_threads())\n"
+    )
+    others = [subprocess.Popen(BUSY) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        time.sleep(0.2)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert done.stdout.strip() == "1 2", done.stderr
