@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .hat_matrix import BLOCK, NONE, Options, hat_diagonal, options_of, posed, solved, with_factors
 from .linear.factorization import Factorization
-from .lstsq import rounded, run, shaped
+from .linear.posed import rounded, run, shaped
 from .result import Report
 from .sandwich import sandwich
 from .solvers.watching import Step, in_blocks, watchable

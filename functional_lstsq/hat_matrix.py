@@ -19,8 +19,8 @@ from torch import Tensor
 from .kept_factors import FACTOR
 from .linear.arguments import Problem, pose
 from .linear.factorization import Factorization, unprepared
+from .linear.posed import rounded, run, shaped
 from .linear.settings import check_solver
-from .lstsq import rounded, run, shaped
 from .result import Report
 from .solvers.watching import in_blocks
 from .sparse.matrix import SparseMatrix

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .linear.arguments import pose
 from .linear.factorization import Factorization, unprepared
+from .linear.posed import run
 from .linear.settings import check_solver
-from .lstsq import run
 from .result import Report, info_of
 from .solvers import Auto
 from .sparse.matrix import SparseMatrix

@@ -13,19 +13,16 @@ from .distributed.solve import solve_sharded
 from .fits.report import RobustInfo
 from .fits.robust import fit_robustly
 from .linear.arguments import Problem, in_vectors, pose
-from .linear.augmented import solve_augmented
 from .linear.bounds import pose_bounds, solve_bounded
 from .linear.factorization import Factorization
-from .linear.matrix_free import solve_matrix_free
-from .linear.refusals import product_in_range, require_in_range
+from .linear.operator_graph import solve_in_graph
+from .linear.posed import finished, rounded, run, shaped
 from .linear.settings import settings_of
 from .result import Report, Solution, info_of, method_code
 from .solvers.watching import Step, watchable
 from .sparse.matrix import SparseMatrix
 from .sparse.operator import LinearOperator
-from .sparse.precision import convert
-from .sparse.products import sample
-from .torch_func.tracing import beside_graph, is_watched
+from .torch_func.tracing import beside_graph, is_watched, is_whole_graph
 
 
 @watchable
@@ -133,6 +130,8 @@ def _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     if isinstance(A, LinearOperator) and A.trees is not None:
         return _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, refine, x0, bounds, True).x
     given = A, b, damp, weights, robust, solver, rank_deficient, refine, x0
+    if isinstance(A, LinearOperator) and torch.compiler.is_dynamo_compiling():
+        return solve_in_graph(*given, rank_tolerance, throw=True).x
     if isinstance(A, ShardedMatrix):
         return solve_sharded(*given, rank_tolerance, bounds, throw=True).x
     problem = pose(*given, rank_tolerance=rank_tolerance, bounds=bounds)
@@ -207,6 +206,8 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
         x, residual, info = _solve(*every)
         return Solution(of_x.tree(x), of_b.tree(residual), info)
     given, found = (A, b, damp, weights, robust, solver, rank_deficient, refine, x0), None
+    if isinstance(A, LinearOperator) and torch.compiler.is_dynamo_compiling():
+        return solve_in_graph(*given, rank_tolerance, throw=throw)
     if isinstance(A, ShardedMatrix):
         return solve_sharded(*given, rank_tolerance, bounds, throw=throw)
     problem = pose(*given, rank_tolerance=rank_tolerance, throw=throw, bounds=bounds)
@@ -215,63 +216,25 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
         problem, found = posed.problem, solve_bounded(posed, "raise" if throw else "return")
     if robust is not None and problem.b.numel():
         return Solution(*_run_robust(problem, robust, throw=throw))
-    r, x, numbers = run(problem, "raise" if throw else "return") if found is None else found[:3]
-    info = info_of(Report.unpacked(numbers), wide=problem.wide, single=problem.b.ndim == 1)
-    solution = shaped(r if problem.wide else x, problem)
-    residual = problem.b - problem.A.matmul(solution) if problem.wide else shaped(r, problem)
-    if throw and problem.wide:
-        require_in_range("the residual b - A x", residual)
-    whole = info if found is None else found.told(info, problem.b.ndim == 1)
-    return Solution(rounded(solution, problem, "x"), rounded(residual, problem, "the residual"), whole)
+    how = "raise" if throw else "return"
+    solution = finished(problem, *(run(problem, how) if found is None else found[:3]), throw=throw)
+    return solution if found is None else solution._replace(info=found.told(solution.info, problem.b.ndim == 1))
 
 
 _NO_GRAPH = (
-    "torch.compile cannot take bounds=, robust=, a LinearOperator, a sharded matrix or a torch sparse tensor; compile "
-    "what makes the arguments, for a sparse tensor SparseMatrix.from_torch"
+    "torch.compile cannot take bounds=, robust=, x and b that are pytrees, a sharded matrix or a torch sparse tensor; "
+    "compile what makes the arguments, for a sparse tensor SparseMatrix.from_torch"
 )
 _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_solve, _NO_GRAPH)
 
 
 def is_beside(A: Any, robust: Any, bounds: Any = None) -> bool:
     """Whether Dynamo is tracing what it cannot take, or would try to, function by function."""
-    beyond = robust is not None or bounds is not None or isinstance(A, (LinearOperator, ShardedMatrix, Tensor))
+    beyond = robust is not None or bounds is not None
+    if torch.compiler.is_dynamo_compiling() and isinstance(A, LinearOperator) and A.trees is None and not beyond:
+        return not is_whole_graph()
+    beyond = beyond or isinstance(A, (LinearOperator, ShardedMatrix, Tensor))
     return beyond and (torch.compiler.is_dynamo_compiling() or is_watched())
-
-
-def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, x, report) of K (r, x) = (b, c); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
-    A, (m, n), b, damp, weights, settings, _, x0, _, _, kept = problem
-    columns = b[None] if b.ndim == 2 else b[None, :, None]
-    damp = None if damp is None else damp.reshape(1, -1)
-    start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
-    if isinstance(A, LinearOperator):
-        of_rows = None if weights is None else weights[None]
-        if problem.wide and weights is not None:
-            root, of_rows = weights.sqrt(), None
-            A, columns = A.weighted(root), root.to(columns.dtype)[None, :, None] * columns
-        return solve_matrix_free(A, m, n, problem.wide, damp, of_rows, columns, start, settings, on_failure)
-    pattern, values = A.pattern, A.values
-    if not problem.wide:
-        indices, of_rows = pattern.indices, None if weights is None else weights[None]
-        return solve_augmented(
-            values[None], damp, columns, c, indices, m, n, settings, on_failure, start, of_rows, kept
-        )
-    if weights is not None and damp is not None:
-        # x = A^H s and A x + d^2 W^-1 s = b: each row has a damping of its own, infinite where the weight is zero.
-        # What neither a weight nor a damping determines, 0 / 0, is marked by the other infinity.
-        unweighted = torch.where(damp > 0, torch.inf, -torch.inf).to(damp.dtype)
-        # Of no derivative by that weight torch.where makes zero in forward mode: this adds zero, whose tangent is none.
-        unweighted = unweighted + weights * 1e200 * 1e200
-        damp = torch.where(weights > 0, damp * weights.rsqrt(), unweighted)
-    elif weights is not None:
-        root = weights.sqrt().to(values.dtype)[None, :, None]
-        ones = values.new_ones((1, pattern.shape[1], 1))
-        of_entries = sample(root, ones, pattern.indices, *pattern.shape)[0]  # root[i_k]
-        values = product_in_range("A", values, of_entries)
-        columns = product_in_range("b", columns, root)
-    if values.is_complex():  # conj_physical has no rule for vmap
-        values = torch.complex(values.real, -values.imag)
-    return solve_augmented(values[None], damp, None, columns, pattern.T.indices, n, m, settings, on_failure, kept=kept)
 
 
 def _run_robust(problem: Problem, robust: Any, *, throw: bool) -> tuple[Tensor, Tensor, RobustInfo]:
@@ -308,13 +271,3 @@ def _start(problem: Problem, throw: bool) -> Tensor:
         return problem.x0[:, None] if problem.x0.ndim == 1 else problem.x0
     x = run(problem, "raise" if throw else "return")[1][0].detach()
     return torch.where(x.isfinite(), x, 0.0)
-
-
-def rounded(result: Tensor, problem: Problem, name: str) -> Tensor:
-    """A result in the user's precision, which its derivatives are judged by."""
-    return convert(result, problem.dtype, f"the derivative of {name}", problem.on_failure)
-
-
-def shaped(columns: Tensor, problem: Problem) -> Tensor:
-    """(1, rows, k) -> (rows, k), or (rows,) where b has one dimension."""
-    return columns[0, :, 0] if problem.b.ndim == 1 else columns[0]

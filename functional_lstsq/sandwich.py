@@ -26,7 +26,8 @@ from torch import Tensor
 from .hat_matrix import BLOCK
 from .linear.arguments import pose
 from .linear.factorization import Factorization
-from .lstsq import rounded, run, shaped, solve
+from .linear.posed import rounded, run, shaped
+from .lstsq import solve
 from .torch_func.tracing import concrete, is_traced
 
 KINDS = ("HC0", "HC1", "HC2", "HC3")

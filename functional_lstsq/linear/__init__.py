@@ -1,8 +1,9 @@
 """A linear solve as a differentiable function: the primitives over the solvers.
 
-- arguments: what `lstsq` and `solve` are asked, checked.
+- arguments: what `lstsq` and `solve` are asked, checked; posed: the solution of that.
 - augmented: the primitive `solve_augmented` and its derivatives, for a sparse matrix; matrix_free: for an operator,
-  by operator_static, what is called of it, and operator_products, what solvers ask of it.
+  by operator_static, what is called of it, and operator_products, what solvers ask of it; operator_graph: one in a
+  graph of torch.compile.
 - gradient: that by A, a primitive of its own, since what rounding has left out of a solution matters to its derivative.
 - kernel: the library operation behind both, plain tensors in, solution and report out; blocks: right-hand sides, some
   at a time; small: what is left to one call of compiled code; refusals: what it refuses.

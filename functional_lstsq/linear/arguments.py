@@ -214,6 +214,11 @@ def _is_better_tall(A: SparseMatrix | LinearOperator, damp: Tensor | None, weigh
     """
     if damp is None or damp.ndim or weights is None:
         return False
+    if isinstance(A, LinearOperator) and is_traced(damp):
+        raise TypeError(
+            "torch.compile cannot take weights of a wide LinearOperator with one damping; it takes a damp of shape "
+            f"({A.in_size},), one for each unknown: damp.expand({A.in_size})"
+        )
     if isinstance(A, LinearOperator):
         return bool((concrete(damp) > 0).all()) and bool((concrete(weights) == 0).any())
     if not A.pattern.nnz or is_traced(damp) or is_traced(weights) or is_traced(A.values):
@@ -234,8 +239,6 @@ def _check_start(x0: Any, wanted: tuple[int, ...], dtype: torch.dtype, device: t
 
 def _of_operator(solver: Any, rank_deficient: str, refine: str) -> CGLS:
     """The solver for a LinearOperator, whose entries are not known."""
-    if torch.compiler.is_dynamo_compiling():
-        raise TypeError("torch.compile cannot take a LinearOperator; compile what makes its parameters")
     if solver is None or isinstance(solver, Auto):
         solver = CGLS() if solver is None else solver.cgls
     if not isinstance(solver, CGLS):

@@ -244,7 +244,7 @@ def static_of(
     """(what a solve is given of a posed A, or of A^H where it is wide; its leaves)"""
     leaves, spec = torch_pytree.tree_flatten(A.params)
     rows, columns = (n, m) if wide else (m, n)
-    of_A = A.matvec, A.rmatvec, spec, rows, columns, A.dtype, wide, A.working
+    of_A = A.matvec, A.rmatvec, spec, int(rows), int(columns), A.dtype, wide, A.working  # of a graph for this size
     return OperatorStatic(*of_A, settings_of(settings), how), leaves
 
 

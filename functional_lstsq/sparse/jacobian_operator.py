@@ -56,8 +56,9 @@ class JacobianOperator(LinearOperator):
         if not isinstance(point, Tensor) or point.ndim != 1:
             got = f"shape {tuple(point.shape)}" if isinstance(point, Tensor) else type(point).__name__
             raise TypeError(f"point must be a tensor of shape (n,), got {got}")
-        if not torch.compiler.is_compiling():
-            load_forward_mode()
+        if torch.compiler.is_dynamo_compiling():
+            raise TypeError("torch.compile cannot take a JacobianOperator; compile what makes its point")
+        load_forward_mode()
         super().__init__(_Push(function), point, point.shape[0], rmatvec=_Pull(function))
 
 

@@ -18,6 +18,8 @@ from .operator_algebra import OperatorAlgebra, Product, Pulled
 from .precision import double
 from .trees import TreeShape
 
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 
 class LinearOperator(OperatorAlgebra):
     """A linear map x -> matvec(params, x) for `lstsq` and `solve`, which need its products only.
@@ -47,6 +49,9 @@ class LinearOperator(OperatorAlgebra):
 
     Estimated errors are those of x and of the adjoint solution; that a gradient by params keeps its digits where its
     terms cancel is not judged.
+
+    `torch.compile(fullgraph=True)` takes a matvec that is torch code on params and x alone, and an error tells where it
+    gives other numbers than when the graph was made; without `fullgraph`, solves run beside the graph.
 
     >>> import torch, functional_lstsq as fl
     >>> def blur(kernel, x):
@@ -189,6 +194,11 @@ class LinearOperator(OperatorAlgebra):
     def _made(
         cls, matvec: Product, params: Any, in_size: int, dtype: torch.dtype | None, rmatvec: Product | None
     ) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            raise TypeError(
+                "torch.compile cannot make sums, products, adjoints and stacks of operators: make them outside of it, "
+                "and hand them over"
+            )
         return LinearOperator(matvec, params, in_size, dtype, rmatvec=rmatvec)
 
     def adjoint(self, Y: Tensor) -> Tensor:
@@ -215,8 +225,8 @@ class LinearOperator(OperatorAlgebra):
 def in_precision(leaf: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter in the precision of `dtype`, if it holds real or complex numbers."""
     if leaf.is_complex():
-        return leaf.to(dtype.to_complex())
-    return leaf.to(dtype.to_real()) if leaf.is_floating_point() else leaf
+        return leaf.to(torch.promote_types(dtype, torch.complex64))
+    return leaf.to(_REAL.get(dtype, dtype)) if leaf.is_floating_point() else leaf
 
 
 @dataclass(frozen=True)

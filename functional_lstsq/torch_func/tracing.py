@@ -184,6 +184,15 @@ def prepare_compiler() -> int:
     return 0
 
 
+@constant
+def is_whole_graph() -> bool:
+    """Whether Dynamo, which traces this call, may not give a graph up: what it cannot take is an error then."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tracer = InstructionTranslator.current_tx()
+    return bool(tracer.one_graph or tracer.error_on_graph_break)
+
+
 def is_recorded() -> bool:
     """Whether a tracer such as that of make_fx records what is done."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
