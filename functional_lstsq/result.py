@@ -146,10 +146,11 @@ class SolveInfo(NamedTuple):
         forward_error: estimate of |x - x_exact| / |x_exact| in the 2-norm; this is what a solve is accepted by, except
             where x is zero but for rounding. Infinite there, and where there is no estimate.
         condition: estimate of the 2-norm condition number of A with its columns scaled to norm 1
-            (of its rows where A is wide). Infinite without full rank; with rank_deficient="minimum_norm" the largest
-            singular value over the smallest that is not zero. A lower bound where `CGLS` ran out of iterations.
+            (of its rows where A is wide; of a LinearOperator as it is). Infinite without full rank; with
+            rank_deficient="minimum_norm" the largest singular value over the smallest that is not zero. A lower bound
+            where `CGLS` ran out of iterations.
         rank: numerical rank of A (of A with its damping); -1 where an iteration cannot tell.
-        norm: Frobenius norm of A (of [A; damp I]), weights included.
+        norm: Frobenius norm of A (of [A; damp I]), weights included; of a LinearOperator an estimate.
         tried_code: which methods were tried in turn, and why; `tried` says it in words.
     """
 

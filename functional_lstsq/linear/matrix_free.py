@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..result import Report
 from ..solvers.system import System
-from ..sparse.operator import LinearOperator, Weighted, WeightedAdjoint
+from ..sparse.operator import LinearOperator
+from ..sparse.wrapped_products import Weighted, WeightedAdjoint
 from ..torch_func.cores import shared_cores
 from ..torch_func.forward_mode import jvp
 from ..torch_func.primitive import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sparse.base import COARSE, Products, Scaled, norm
 from ..sparse.numerics import ldexp, noise
-from ..sparse.operator import in_precision
+from ..sparse.wrapped_products import in_precision
 from .operator_static import OperatorStatic
 
 # Relative deviation of products from linear ones, and of a pair from adjoint ones, that is taken for rounding: half the

@@ -1,7 +1,7 @@
 """What A is: a sparse matrix or an operator, its products, and the numbers that they are made of.
 
 - pattern, matrix, operator, jacobian_operator: `SparsePattern`, `SparseMatrix`, `LinearOperator` and
-  `JacobianOperator`. trees: pytrees of tensors as vectors.
+  `JacobianOperator`. wrapped_products: what is put around the products of a user. trees: pytrees of tensors as vectors.
 - algebra, operator_algebra, building: sums, products, parts and stacks of them, by patterns that merging makes once.
 - entries, triple: the primitives `take` and `place` of values, and `triple`, of which A B is made.
 - products: the primitives `multiply` and `sample`, each the derivative of the other.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
@@ -17,8 +16,7 @@ from .matrix import DTYPES
 from .operator_algebra import OperatorAlgebra, Product, Pulled
 from .precision import double
 from .trees import TreeShape
-
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+from .wrapped_products import InPrecision, OfTrees, Weighted, WeightedAdjoint
 
 
 class LinearOperator(OperatorAlgebra):
@@ -39,8 +37,9 @@ class LinearOperator(OperatorAlgebra):
             rmatvec takes are as what matvec gives, x, x0 and a damp for each unknown as the x that it takes. `.H`, sums
             and products are those of vectors, all leaves one after the other. Cost: one product.
         dtype: of the matrix: float32, float64, complex64 or complex128. Products are given x and params in this
-            precision, are tested to what its rounding allows, and decide what is accepted of a solution. None: that of
-            params and b together, which for both in float32 is float32. All else of a solve is in double precision.
+            precision (real and imaginary parts apart, where it is real and b complex), are tested to what its rounding
+            allows, and decide what is accepted of a solution. None: that of params and b together, which for both in
+            float32 is float32. All else of a solve is in double precision.
         rmatvec: `rmatvec(params, y)`, the adjoint, A^H y of shape (n,); None to have torch make it of matvec.
 
     Raises:
@@ -120,8 +119,8 @@ class LinearOperator(OperatorAlgebra):
             raise TypeError(f"matvec must give a pytree of dense tensors, got {y!r}")
         of_b = TreeShape.of(y)
         self.trees = of_x, of_b
-        back = None if rmatvec is None else _OfTrees(rmatvec, "rmatvec", of_b, of_x)
-        return _OfTrees(matvec, "matvec", of_x, of_b), of_x.size, back
+        back = None if rmatvec is None else OfTrees(rmatvec, "rmatvec", of_b, of_x)
+        return OfTrees(matvec, "matvec", of_x, of_b), of_x.size, back
 
     @property
     def of_vectors(self) -> LinearOperator:
@@ -147,7 +146,7 @@ class LinearOperator(OperatorAlgebra):
     def shape(self) -> tuple[int, int]:
         """(m, n). Cost: one product."""
         origin = torch.zeros(self.in_size, dtype=self.dtype, device=self.device)
-        return _In(self.matvec, "matvec", self.dtype)(self.params, origin).shape[0], self.in_size
+        return InPrecision(self.matvec, "matvec", self.dtype)(self.params, origin).shape[0], self.in_size
 
     def posed(self, dtype: torch.dtype, on_failure: str) -> tuple[LinearOperator, tuple[int, int]]:
         """(the same for double precision, with products that hold no wrapped tensors, its shape). Cost: one of each.
@@ -163,10 +162,17 @@ class LinearOperator(OperatorAlgebra):
         working = dtype if self.given is None else self.given
         working = working.to_complex() if dtype.is_complex else working
         doubled = torch.promote_types(dtype, torch.float64)
+        real = dtype.is_complex and not self.dtype.is_complex  # but for functions of real params and complex x
 
         def closed(function: Product, name: str, size: int) -> tuple[Product, Tensor]:
             example = torch.zeros(size, dtype=doubled, device=self.device)
-            return close(_In(function, name, working), name, "params", params, example)
+            if not real or self.given is None:
+                try:
+                    return close(InPrecision(function, name, working), name, "params", params, example)
+                except TypeError:
+                    if not real:
+                        raise
+            return close(InPrecision(function, name, working, True), name, "params", params, example)
 
         matvec, y = closed(self.matvec, "matvec", self.in_size)
         rmatvec = None if self.rmatvec is None else closed(self.rmatvec, "rmatvec", y.shape[0])[0]
@@ -222,77 +228,8 @@ class LinearOperator(OperatorAlgebra):
             return f"LinearOperator(params={self.params!r}, in_size={self.in_size}, dtype={self.given})"
 
 
-def in_precision(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter in the precision of `dtype`, if it holds real or complex numbers."""
-    if leaf.is_complex():
-        return leaf.to(torch.promote_types(dtype, torch.complex64))
-    return leaf.to(_REAL.get(dtype, dtype)) if leaf.is_floating_point() else leaf
-
-
-@dataclass(frozen=True)
-class _In:
-    """A product in a precision of its own, between numbers in another; what it is given it may overwrite."""
-
-    function: Product
-    name: str
-    dtype: torch.dtype
-
-    def __call__(self, params: Any, x: Tensor) -> Tensor:
-        params = torch_pytree.tree_map(lambda leaf: in_precision(leaf, self.dtype), params)
-        try:
-            y = self.function(params, x.to(self.dtype, copy=True))
-        except RuntimeError as error:
-            if "dtype" not in str(error):
-                raise
-            raise TypeError(
-                f"{self.name} must take params and a vector of {self.dtype}, got an error of torch: {error}. The dtype "
-                "of LinearOperator says what it is given"
-            ) from error
-        if not isinstance(y, Tensor) or y.ndim != 1 or y.dtype != self.dtype:
-            got = f"{y.dtype}, shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            size = "m" if self.name == "matvec" else "n"
-            raise ValueError(
-                f"{self.name} must give a tensor of {self.dtype}, shape ({size},), for one of {self.dtype}, shape "
-                f"{tuple(x.shape)}, got {got}; the dtype= of LinearOperator says what it is given"
-            )
-        return y.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class _OfTrees:
-    """A product of vectors, made of one of pytrees."""
-
-    function: Product
-    name: str
-    given: TreeShape
-    found: TreeShape
-
-    def __call__(self, params: Any, x: Tensor) -> Tensor:
-        return self.found.vector(self.function(params, self.given.tree(x)), f"what {self.name} gives")
-
-
 def _is_dense(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """x -> root A x for params (those of A, root)."""
-
-    matvec: Product
-
-    def __call__(self, params: Any, x: Tensor) -> Tensor:
-        return params[1].to(x.dtype) * self.matvec(params[0], x)
-
-
-@dataclass(frozen=True)
-class WeightedAdjoint:
-    """y -> A^H root y"""
-
-    rmatvec: Product
-
-    def __call__(self, params: Any, y: Tensor) -> Tensor:
-        return self.rmatvec(params[0], params[1].to(y.dtype) * y)
 
 
 def _flatten(A: LinearOperator) -> tuple[list, tuple]:
