@@ -94,7 +94,8 @@ def gauss_newton(
             derivatives are those of the minimum nearest to x. What the residual determines is differentiable so; where
             along the gauge x comes to lie depends on x0.
         rank_tolerance: as for `lstsq`, of the Jacobian.
-        max_iterations: damped steps, accepted or not; None for 100 (n + 1), at most 2,000.
+        max_iterations: damped steps, accepted or not. None for 100 (n + 1), at most 2,000, and as many once more where
+            these find no strict minimum: from x0 in another scale, which is the same for all unknowns.
         callback: called with (iteration, cost) after every damped step; under vmap with the largest of the batch.
         throw: False returns what was reached instead of raising; `info.status` tells, and derivatives are NaN, or zero
             in reverse mode where nothing depends on it.
@@ -229,6 +230,7 @@ def minimum_of(
         precision=torch.finfo(dtype).eps,
         arithmetic=arithmetic,
         max_iterations=min(100 * (n + 1), _STEPS) if max_iterations is None else max_iterations,
+        again=max_iterations is None,
         on_failure=on_failure,
         linear=False,
         name=name,

@@ -1,8 +1,9 @@
 """A minimum as a differentiable function: nonlinear and robust fits.
 
 - objective: what is minimised, from residuals, a loss and a damping; losses: `Huber` and the other ones.
-- levenberg_marquardt: the steps that lead to a minimum, and Newton's steps that end there; geodesic: better steps,
-  bent in curved valleys, Newton's where reweighting is slow. bounded: which unknowns are at their bounds.
+- attempts: the two attempts at a minimum; levenberg_marquardt: the steps that lead to one, and Newton's steps that end
+  there; geodesic: better steps, bent in curved valleys, Newton's where reweighting is slow. bounded: which unknowns are
+  at their bounds.
 - jacobian: of a residual, whole, on a pattern, or by a function of the user's.
 - model: the quadratic model at a point, by the Jacobian; hessian: solves with the matrix of second derivatives there.
 - minimum: the primitive `Minimum`, a function of the data by the gradient that vanishes, and its derivatives.

@@ -31,8 +31,8 @@ from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
 from ..sparse.pattern import SparsePattern
 from ..torch_func.primitive import Constant
+from .attempts import minimise
 from .hessian import relative
-from .levenberg_marquardt import minimise
 from .model import model_at
 from .objective import Leaves, Objective, each
 from .report import FitReport
@@ -133,7 +133,7 @@ class _Search:
     def __init__(
         self, objective: Objective, inner: Objective, x0: Tensor, lower: Tensor, upper: Tensor, leaves: Leaves
     ):
-        self.objective, self.inner, self.leaves = objective, replace(inner, on_failure="nan"), leaves
+        self.objective, self.inner, self.leaves = objective, replace(inner, on_failure="nan", again=False), leaves
         self.lower, self.upper, self.pinned = lower, upper, lower == upper
         self.x = torch.minimum(torch.maximum(x0, lower), upper)
         self.f, self.r = each(objective.cost, self.x, *leaves)

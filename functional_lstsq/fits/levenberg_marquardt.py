@@ -1,4 +1,4 @@
-"""The minimisation behind `Minimum`, for P problems at once: Levenberg-Marquardt steps, then Newton's.
+"""One attempt at a minimum, for P problems at once: Levenberg-Marquardt steps, then Newton's.
 
 Far from a minimum steps are those of Levenberg and Marquardt, damped after Nielsen (IMM-REP-1999-05, DTU, 1999) in the
 scale of More (LNM 630, 1978); a robust loss is replaced by the parabolas that touch it from above, which is iteratively
@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ITERATIONS
 from ..linear.factor_cache import no_token
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
 from .geodesic import acceleration, lowest
 from .hessian import conjugate, relative
-from .losses import Square
 from .model import model_at
-from .objective import Leaves, Objective, each, linear_unknowns
-from .report import FitReport, check_fit
+from .objective import Leaves, Objective, each
+from .report import FitReport
 from .rounding import blur_of_gradient, floor_of_cost, is_rounding, length_of_influence, spread_of_influence
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
@@ -61,17 +59,24 @@ class _State:
             vars(self)[name][which] = tensor
 
 
-def minimise(objective: Objective, x: Tensor, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x (P, n), report (P, fields), blur, token) of the minima that are found from x, on plain tensors.
+class Descent:
+    """One attempt, from x (P, n), on plain tensors.
 
-    blur (P, n) is a sample of what rounding errors may have made of x.
+    Args:
+        spent: iterations and evaluations (P,) before this attempt.
+        even: whether the scale of the steps is the same for all unknowns, that of the largest.
     """
-    return _Descent(objective, x, leaves).run()
 
-
-class _Descent:
-    def __init__(self, objective: Objective, x: Tensor, leaves: Leaves):
-        self.objective, self.leaves = objective, leaves
+    def __init__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        leaves: Leaves,
+        *,
+        spent: tuple[Tensor, Tensor] | None = None,
+        even: bool = False,
+    ):
+        self.objective, self.leaves, self.even = objective, leaves, even
         f, r = each(objective.cost, x, *leaves)
         self.broken = self._refused(f, r.abs() * leaves[2].sqrt())
         f, r = torch.where(self.broken, 0.0, f), torch.where(self.broken[:, None], 0.0, r)
@@ -82,7 +87,8 @@ class _Descent:
             mu=1e-3 * ones, grow=2 * ones, floor=zeros, stale=~self.broken,
         )  # fmt: skip
         self.start = f.clone()
-        self.iterations, self.evaluations = zeros.clone(), zeros + 1
+        before, evaluated = (zeros, zeros) if spent is None else spent
+        self.iterations, self.evaluations, self.limit = before.clone(), evaluated + 1, before + objective.max_iterations
         self.status = torch.full_like(f, float(INACCURATE))
 
     def _refused(self, f: Tensor, sizes: Tensor) -> Tensor:
@@ -100,7 +106,8 @@ class _Descent:
             raise ValueError(f"{self.objective.start}, got NaN or infinity")
         return bad
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, FitReport, Tensor, Tensor]:
+        """(x, report, blur, token); blur (P, n) is a sample of what rounding errors may have made of x."""
         going = ~self.broken
         for close in _CLOSE:
             which = self._approach(going.nonzero()[:, 0], close)
@@ -109,31 +116,13 @@ class _Descent:
             going = torch.zeros_like(going).index_fill(0, which[~self._polish(which)], True)
         told = self.status, self.iterations, self.evaluations, self.state.x
         report, blur, token = FitReport.of_nothing(*told) if bool(self.broken.all()) else self._judge()
-        if self.objective.on_failure == "raise":
-            name, point, n = self.objective.name, self.objective.point, self.objective.pattern.shape[1]
-            check_fit(
-                report, name, point, n, self.objective.accept, self._advice(),
-                undefined=self.objective.undefined, least_norm=self.objective.settings.minimum_norm,
-            )  # fmt: skip
-        return self.state.x, report.packed(), blur, token
-
-    def _advice(self) -> list[str]:
-        """What may be done about the first of the problems that came to the limit of iterations."""
-        late, objective = (self.status == ITERATION_LIMIT).nonzero()[:1, 0], self.objective
-        if objective.linear or not len(late):
-            return []
-        linear: list[int] = []
-        if objective.name == "gauss_newton" and type(objective.loss) is Square:
-            linear = linear_unknowns(objective, self.state.x[late][0], tuple(leaf[late][0] for leaf in self.leaves))
-        if not 0 < len(linear) < objective.pattern.shape[1]:
-            return [ITERATIONS]
-        return [ITERATIONS, f"variable_projection, since the residual is linear in {objective.point}[{linear}]"]
+        return self.state.x, report, blur, token
 
     def _approach(self, which: Tensor, close: float) -> Tensor:
         """Damped steps until they are small; gives the problems of `which` for which they came to be."""
         objective, arrived = self.objective, torch.zeros_like(self.status, dtype=torch.bool)
         while len(which):
-            limit = self.iterations[which] >= objective.max_iterations
+            limit = self.iterations[which] >= self.limit[which]
             self.status[which[limit]] = float(ITERATION_LIMIT)
             which = which[~limit]
             if not len(which):
@@ -148,7 +137,7 @@ class _Descent:
             self.iterations[which] += 1
             if is_watched():
                 step = relative(p, s.x + p, s.scale, self._least(which, s))
-                tell(float(step.max()), phase="fit", total=objective.max_iterations)
+                tell(float(step.max()), phase="fit", total=int(self.limit.max()))
             better = sound & (f <= s.f - 1e-4 * predicted + 10 * EPS * s.f + s.floor)
             small = relative(p, s.x + p, s.scale, self._least(which, s))
             gain = ((s.f - f) / predicted.clamp_min(_TINY)).clamp(0, 1)
@@ -203,6 +192,7 @@ class _Descent:
                 p = lowest(self.objective, s.x, s.r, s.weights, s.J, leaves, g, p)
         else:
             scale = torch.where(s.scale > 0, s.scale, 1.0)
+            scale = scale.amax(1, keepdim=True).expand_as(scale) if self.even else scale
             damped = model.damped(scale, s.mu)
             p = damped(s.r)
             predicted = (-(g * p).sum(1) + s.mu * (scale * p).square().sum(1)) / 2

@@ -36,8 +36,8 @@ from ..torch_func.primitive import (
     split_columns,
     split_matrices,
 )
+from .attempts import minimise
 from .hessian import solve_curvature
-from .levenberg_marquardt import minimise
 from .objective import each
 from .report import FitReport
 

@@ -59,6 +59,7 @@ class Objective:
     # The first of `given` is the threshold, once more: the residual is that of a robust fit itself.
     nested: bool = False
     callback: Callable[[int, float], object] | None = None  # of each damped step: their number, and the largest cost
+    again: bool = False  # whether an attempt that found no minimum is followed by another one
     found_inside: int = 0  # unknowns that the residual finds itself, as those of `further`
     # Products with H by forward mode over reverse mode, once reverse over reverse gave NaN (of t^x at t = 0, say); and
     # whether both did.

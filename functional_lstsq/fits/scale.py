@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import ConvergenceError
 from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
 from ..torch_func.tracing import concrete
-from .levenberg_marquardt import minimise
+from .attempts import minimise
 from .minimum import Minimum, along, pull_back
 from .model import model_at
 from .objective import Objective, each
