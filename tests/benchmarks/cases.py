@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import fits
 import numpy as np
 import problems
 import scipy.sparse
@@ -116,5 +117,8 @@ CASES = (
     _many(512),
     Case("Jacobian, random 300 x 100", _random(300, 100), "jacobian", (_dense,), (), own=(_plain,)),
     Case("training, 50 steps, random 20,000 x 2,000", _training, "training", _SPARSE[:2], ()),
+    Case("fit of 2 unknowns", lambda: fits.decays(1), "fit", ("scipy", "optimistix"), (), times=5),
+    Case("64 fits of 2 unknowns by vmap", lambda: fits.decays(64), "fit", ("scipy", "optimistix"), ()),
+    Case("bundle adjustment, 18,300 unknowns", fits.bundle, "fit", ("scipy",), ()),
     Case("tiny, random 60 x 20", _random(60, 20), peers=(_dense,), forward=(), times=20),
 )

@@ -25,6 +25,7 @@ _NAMES = {
     "spqr": "SuiteSparse SPQR",
     "torch-sla": "torch-sla, normal equations",
     "within": "within",
+    "optimistix": "optimistix Levenberg-Marquardt",
 }
 _PAUSE = 0.1  # seconds for the threads of the contestant before to fall asleep
 _PATIENCE = 180.0  # seconds of calls beside one contestant after which three of them will do
@@ -105,7 +106,8 @@ def compare(case: Case, clients: dict[str, Client], repeats: int, folder: Path) 
                 others.append(prepared(own.label, ours, own.work, own_path, None))
         for peer in peers:
             suffix = ", solution only" if work == "solve" else ""
-            others.append(prepared(_NAMES[peer] + suffix, clients[peer], work))
+            name = "SciPy least_squares" if (peer, work) == ("scipy", "fit") else _NAMES[peer]
+            others.append(prepared(name + suffix, clients[peer], work))
         _pairs(case, cold, warm, others, repeats)
         rows += [_row(case, job, cold, warm) for job in (cold, warm, *others)]
     return rows

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fits import by_ours
 from torch import Tensor
 from torch_peers import about_torch
 
@@ -158,5 +159,6 @@ WORKS = {
         "training": training,
         "iterations": iterations,
         "copying": copying,
+        "fit": by_ours,
     }
 }

@@ -11,6 +11,7 @@ import numpy as np
 import scipy
 import scipy.sparse
 import scipy.sparse.linalg
+from fits import by_scipy
 
 Run = Callable[[], dict[str, Any]]
 
@@ -58,4 +59,4 @@ def _blas() -> list[str]:
     return [f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads" for pool in pools]
 
 
-WORKS = {"scipy": {"solve": lsmr}, "spqr": {"solve": spqr}}
+WORKS = {"scipy": {"solve": lsmr, "fit": by_scipy}, "spqr": {"solve": spqr}}

@@ -25,6 +25,7 @@ MODULES = {
     "spqr": "scipy_peers",
     "torch-sla": "torch_peers",
     "within": "effects_peer",
+    "optimistix": "fits",
 }
 
 
