@@ -102,7 +102,8 @@ class Model:
         values, once = self.values / scale[:, columns], replace(self, token=None)
 
         def step(r: Tensor) -> Tensor:
-            return once._solve(values, mu.sqrt(), -(self.root * r)[:, :, None], None)[:, :, 0] / scale
+            # The cost says what a step is worth, so none needs an estimate of its error.
+            return once._solve(values, mu.sqrt(), -(self.root * r)[:, :, None], None, "accept")[:, :, 0] / scale
 
         return step
 
@@ -131,12 +132,14 @@ class Model:
         """A c (P, n) with as large a part in every direction, in the norm of what preconditions."""
         return self.adjoint(self.root * noise(self.root, 1)) + self.d[:, None] * noise(x, 2)
 
-    def _solve(self, values: Tensor, damp: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
+    def _solve(
+        self, values: Tensor, damp: Tensor | None, b: Tensor | None, c: Tensor | None, on_failure: str = "return"
+    ) -> Tensor:
         pattern, settings = self.objective.pattern, self.objective.settings.text
         m, n = pattern.shape
         damp = None if damp is None else damp[:, None]
         plainly = (None if t is None else t.contiguous() for t in (values, None, damp, b, None, c))
-        _, _, x, report, token = solve_kernel(*plainly, None, self.token, pattern.indices, m, n, settings, "return")
+        _, _, x, report, token = solve_kernel(*plainly, None, self.token, pattern.indices, m, n, settings, on_failure)
         self.token = token if self.token is None else self.token
         report = Report(*(field[:, 0] for field in Report.unpacked(report[:, :, :1])))
         self.told = Told(report.status == RANK_DEFICIENT, report.condition, report.rank, report.norm)
