@@ -89,7 +89,7 @@ WAYS = {
 def reason(solve, transformation, way):
     """Why a cell is refused, None where it is not; what torch refuses, or fails at, for any function is torch's own."""
     forward = transformation in ("jacfwd", "vmap(jacfwd)")
-    if way == "fullgraph" and solve != "lstsq":
+    if way == "fullgraph" and solve not in ("lstsq", "LinearOperator"):
         return "torch.compile cannot take"
     if way == "exported" and transformation == "vmap(jacfwd)":
         return "'Tensor' object has no attribute 'constant'"  # torch's own, as of vmap(jacfwd(torch.sin))
