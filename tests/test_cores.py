@@ -76,6 +76,26 @@ def test_a_solve_leaves_the_number_of_threads_as_it_was(turns, monkeypatch):
     assert threads_in_a_solve() == 2
 
 
+@pytest.mark.skipif(not hasattr(os, "fork") or not cores._pools(), reason="no forks, or no OpenMP that could be told")
+def test_a_child_that_is_forked_in_the_midst_of_a_solve_keeps_its_one_thread(turns, monkeypatch):
+    monkeypatch.setattr(cores._Turns, "look", lambda self: True)
+    parent, left = os.getpid(), [8]
+
+    def matvec(scale, x):
+        left[0] -= 1
+        if not left[0] and turns.depth and not os.fork():
+            left[0] = -1
+        return scale * x
+
+    diagonal = torch.linspace(1, 3, 20, dtype=torch.float64)
+    fl.lstsq(fl.LinearOperator(matvec, diagonal, 20), torch.ones(20, dtype=torch.float64))
+    if os.getpid() != parent:
+        os._exit(torch.get_num_threads())
+    assert left[0] <= 0
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not cores._pools() or not os.path.exists("/proc/thread-self/schedstat"), reason="not told here")
 def test_a_solve_beside_busy_processes_works_alone():

@@ -117,3 +117,11 @@ def steady() -> Iterator[None]:
         yield
     finally:
         _turns.steady = before
+
+
+def _begin_fork() -> None:
+    _turns.asked = None  # a child has one thread, for good
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_fork)
