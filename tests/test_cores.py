@@ -1,9 +1,11 @@
 """How many threads a solve uses where others use the cores."""
 
+import io
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,21 +40,23 @@ def threads_in_a_solve() -> int:
 
 
 def test_who_has_waited_for_a_core_works_alone_until_nobody_waits(turns, monkeypatch):
-    millisecond, stat = 1_000_000, [0, 0]
-    monkeypatch.setattr(cores.os, "pread", lambda *_: b"%d %d 7\n" % tuple(stat))
+    millisecond, stat, clock = 1_000_000, [0, 0], [0]
+    monkeypatch.setattr(cores, "open", lambda *_: io.BytesIO(b"%d %d 7\n" % tuple(stat)), raising=False)
+    monkeypatch.setattr(cores.time, "monotonic_ns", lambda: clock[0])
 
     def after(ran: int, waited: int) -> bool:
         stat[0] += ran * millisecond
         stat[1] += waited * millisecond
+        clock[0] += 1000 * millisecond
         return turns.look()
 
-    if not os.path.exists("/proc/thread-self/schedstat"):
-        pytest.skip("this system does not say how long a thread has waited for a core")
     assert not after(100, 5)
     assert after(80, 20)
     assert after(95, 5)  # it waits still, if not for long
     assert after(5, 0)  # which is too short to judge by
     assert not after(100, 0)
+    monkeypatch.setattr(cores, "open", lambda *_: io.BytesIO(b""), raising=False)
+    assert not after(0, 100)
 
 
 @pytest.mark.skipif(not cores._pools(), reason="no OpenMP that could be told")
@@ -65,6 +69,13 @@ def test_a_solve_leaves_the_number_of_threads_as_it_was(turns, monkeypatch):
     with pytest.raises(fl.RankDeficientError):
         fl.lstsq(singular, torch.ones(3, dtype=torch.float64))
     assert torch.get_num_threads() == 2
+    other = SimpleNamespace(number=7)  # another runtime, as scikit-learn's wheel brings
+    other.get_num_threads, other.set_num_threads = lambda: other.number, lambda number: setattr(other, "number", number)
+    with monkeypatch.context() as within:
+        pools = *cores._pools(), other
+        within.setattr(cores, "_pools", lambda: pools)
+        assert threads_in_a_solve() == 1
+    assert (torch.get_num_threads(), other.number) == (2, 7)
     with cores.shared_cores, cores.steady():
         assert torch.get_num_threads() == 2
     torch.use_deterministic_algorithms(True)

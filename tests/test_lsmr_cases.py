@@ -211,3 +211,32 @@ def test_real_params_may_make_a_complex_operator():
     A = fl.LinearOperator(lambda scale, x: torch.fft.fft(scale * x), DIAGONAL, 6)
     b = torch.linspace(-1, 2, 6).double() * (1 + 2j)
     close(fl.lstsq(A, b), torch.fft.ifft(b) / DIAGONAL, 1e-13)
+
+
+KERNEL = torch.tensor([0.25, 0.5, 0.3], dtype=torch.float64)
+REAL = {
+    "conv1d": (lambda k, x: torch.nn.functional.conv1d(x[None, None], k[None, None], padding=2)[0, 0], KERNEL, 8),
+    "rfft": (lambda s, x: torch.fft.irfft(torch.fft.rfft(x)[: len(s)] * s, n=len(x)), 1 + DIAGONAL.abs()[:4], 6),
+    "avg_pool1d": (lambda s, x: torch.cat([torch.nn.functional.avg_pool1d((s * x)[None], 2)[0], x]), DIAGONAL, 6),
+    "a buffer": (lambda s, x: torch.zeros(6, dtype=torch.float64).index_add_(0, torch.arange(6), s * x), DIAGONAL, 6),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_functions_take_complex_numbers_by_their_parts(name):
+    matvec, params, n = REAL[name]
+    A = fl.LinearOperator(matvec, params, n)
+    matrix = torch.stack([matvec(params, e) for e in torch.eye(n, dtype=torch.float64)], 1)
+    b = torch.linspace(-1, 2, len(matrix)).double() * (1 + 2j) + 1j
+    close(fl.lstsq(A, b), pinv(matrix, b), 1e-10)
+    x, rows = b[:n], matrix.to(b.dtype)
+    close(A @ x, rows @ x, 1e-12)
+    close(A @ torch.stack([x, 1j * x], 1), rows @ torch.stack([x, 1j * x], 1), 1e-12)
+    close(A.adjoint(b), rows.mH @ b, 1e-12)
+    close(A.H @ b, rows.mH @ b, 1e-12)
+
+
+def test_a_jacobian_takes_complex_numbers():
+    A, dense = KINDS["Jacobian"]
+    b = torch.linspace(-1, 2, len(dense)).double() * (1 + 2j)
+    close(fl.lstsq(A, b), pinv(dense, b), 1e-11)

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -33,6 +33,24 @@ class Times:
 
     def __call__(self, params, x):
         return torch.cat([self.factor * params["scale"][0] * x, x])
+
+
+FACTOR = [1.0]
+
+
+def with_factor(scale, x):
+    return torch.cat([FACTOR[0] * scale * x, x])
+
+
+@dataclass(frozen=True)
+class Named:
+    """Equal to others of its name."""
+
+    name: str
+    factor: float = field(compare=False)
+
+    def __call__(self, scale, x):
+        return torch.cat([self.factor * scale * x, x.flip(0)])
 
 
 def f(scale, b):
@@ -107,6 +125,29 @@ def test_operators_handed_over_each_have_a_graph_of_their_own():
         torch.testing.assert_close(g(A, B), fl.lstsq(A, B))
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_operators_that_are_equal_are_not_the_same(anew):
+    g = compiled(fl.lstsq)
+    for factor in (1.0, 2.0, 3.0):
+        if anew:
+            g = compiled(fl.lstsq)
+        A = fl.LinearOperator(Named("a", factor), S, 4)
+        for operator in (A, A + A):
+            torch.testing.assert_close(g(operator, B), fl.lstsq(operator, B))
+
+
+def test_a_damping_may_be_another_number():
+    g = compiled(lambda s, b, d: fl.lstsq(fl.LinearOperator(tall, s, 4), b, damp=d))
+    for damp in (0.5, 1.5, 2, 0, 3.0):
+        torch.testing.assert_close(g(S, B, damp), fl.lstsq(fl.LinearOperator(tall, S, 4), B, damp=damp))
+
+
+def test_a_real_matvec_takes_complex_numbers():
+    A, b = torch.linspace(1, 2, 24).double().view(8, 3).square(), B * (1 + 2j)
+    g = compiled(lambda A, b: fl.lstsq(fl.LinearOperator(torch.matmul, A, 3), b))
+    torch.testing.assert_close(g(A, b), fl.lstsq(fl.LinearOperator(torch.matmul, A, 3), b))
+
+
 def test_a_graph_is_made_for_each_size_and_not_for_each_number():
     made = []
 
@@ -124,14 +165,10 @@ def test_a_graph_is_made_for_each_size_and_not_for_each_number():
 
 @pytest.mark.parametrize("of", [lambda g: g, torch.func.grad], ids=["value", "gradient"])
 def test_a_matvec_that_has_changed_since_the_graph_was_made_is_told(of):
-    factor = [1.0]
-
-    def matvec(scale, x):
-        return torch.cat([factor[0] * scale * x, x])
-
-    g = compiled(of(lambda s: fl.lstsq(fl.LinearOperator(matvec, s, 4), B).square().sum()))
+    FACTOR[0] = 1.0
+    g = compiled(of(lambda s: fl.lstsq(fl.LinearOperator(with_factor, s, 4), B).square().sum()))
     g(S)
-    factor[0] = 2.0
+    FACTOR[0] = 2.0
     with pytest.raises(ValueError, match=r"matvec gives other numbers than when torch\.compile made the graph"):
         g(S)
 
@@ -158,6 +195,9 @@ def test_without_fullgraph_any_matvec_runs_beside_the_graph():
         ("fl.lstsq(fl.LinearOperator(Plain().matvec, s, 4), s)", "cannot take a method"),
         ("fl.lstsq(fl.LinearOperator(times, s, 4) + fl.LinearOperator(times, s, 4), s)", "cannot make sums"),
         ("fl.lstsq(fl.JacobianOperator(torch.sin, s), s)", "cannot take a JacobianOperator"),
+        ("fl.lstsq(fl.LinearOperator(closing, s, 4), s)", "without a closure or defaults"),
+        ("fl.lstsq(fl.LinearOperator(partial(closing), s, 4), s)", "without a closure or defaults"),
+        ("fl.lstsq(fl.LinearOperator(defaulting, s, 4), s)", "without a closure or defaults"),
         ("fl.lstsq(adjoint, s)", "an adjoint without rmatvec"),
         ("fl.lstsq(stack, torch.cat([s, s]))", "params of tensors in dicts, lists and tuples"),
         ("fl.lstsq(fl.LinearOperator(sums, s, 4), s[:2], damp=1.0, weights=s[:2])", r"damp.expand\(4\)"),
@@ -175,6 +215,12 @@ def test_what_a_whole_graph_cannot_have_is_one_error(call, message):
             return torch.from_numpy(p.numpy() * x.numpy())
         def beside(p, x):
             return p * x * s
+        def closed(k):
+            return lambda p, x: k * p * x
+        def defaulting(p, x, k=2.0):
+            return k * p * x
+        from functools import partial
+        closing = closed(2.0)
         class Plain:
             def matvec(self, p, x):
                 return p * x

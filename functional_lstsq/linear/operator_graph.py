@@ -9,7 +9,8 @@ one product is recorded too, and held against what `matvec` gives when the graph
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MethodType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,20 +29,40 @@ from .posed import finished, run
 
 _SLACK = 1e4  # roundings by which products may differ: a compiler orders sums anew
 _noted: list[tuple] = []  # which lives as long as the process, as do graphs
-_numbers: dict[tuple, int] = {}
 
 
 @constant
 def _note(*given: Any) -> int:
-    """The number of an operator's functions with the options of a solve."""
-    try:
-        if given in _numbers:
-            return _numbers[given]
-        _numbers[given] = len(_noted)
-    except TypeError:  # functions without a hash
-        pass
+    """The number of an operator's functions with the options of a solve; functions that are equal are not the same."""
+    for function in given[:2]:
+        _require_guarded(function)
+    for number, other in enumerate(_noted):
+        if all(map(_is_same, given, other)):
+            return number
     _noted.append(given)
     return len(_noted) - 1
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, (str, float, int)) and one == other)
+
+
+def _require_guarded(function: Any) -> None:
+    """Refuse what Dynamo takes for the same when it is another one: of a function it looks at the code alone."""
+    if isinstance(function, FunctionType):
+        if function.__closure__ or function.__defaults__ or function.__kwdefaults__:
+            raise TypeError(
+                "torch.compile(fullgraph=True) needs a matvec without a closure or defaults, got "
+                f"{function.__qualname__}: hand over in params what it needs, or make an object with __call__ of it"
+            )
+    elif isinstance(function, partial):
+        for part in (function.func, *function.args, *function.keywords.values()):
+            _require_guarded(part)
+    elif isinstance(function, tuple):  # an object that is made inside of what is compiled
+        for part in function:
+            _require_guarded(part)
 
 
 def solve_in_graph(
@@ -60,6 +81,8 @@ def solve_in_graph(
     _require_tensors(A.params)
     functions = told(A.matvec), None if A.rmatvec is None else told(A.rmatvec)
     number = _note(*functions, A.given, told(solver), rank_deficient, refine, rank_tolerance, throw)
+    if isinstance(damp, (int, float)) and not isinstance(damp, bool) and isinstance(b, Tensor):
+        damp = torch.zeros((), dtype=torch.float64, device=b.device) + damp  # a number would be compiled anew
     x, residual, *numbers = _solved(number, A.in_size, A.params, b, damp, weights, x0)
     return Solution(x, residual, SolveInfo(*numbers))
 

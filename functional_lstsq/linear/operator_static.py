@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -58,12 +58,18 @@ class OperatorStatic:
     @property
     def text(self) -> str:
         """What stands for this in a graph, in this process alone: functions cannot be written down."""
-        try:
-            number = _numbers.setdefault(self, len(_numbers))
-        except TypeError:  # of functions without a hash
-            number = len(_numbers)
-            _numbers[object()] = number
-        _known[number] = self
+        others = (
+            self.m,
+            self.n,
+            self.dtype,
+            self.wide,
+            self.working,
+            self.settings.text,
+            self.on_failure,
+            str(self.spec),
+        )
+        number = _numbers.setdefault((*map(_identities, (self.matvec, self.rmatvec)), *others), len(_numbers))
+        _known.setdefault(number, self)
         return f"{_HERE} {number}"
 
     def derivative(self) -> OperatorStatic:
@@ -121,6 +127,15 @@ def _each(one: Any, leaves: Sequence[Tensor], X: Tensor) -> Tensor:
         if not X.shape[0]:
             raise
     return torch.stack([one([leaf[p] for leaf in leaves], X[p]) for p in range(X.shape[0])])
+
+
+def _identities(thing: Any) -> Any:
+    """What tells a product from others: functions of the user's may be equal that are not the same."""
+    if is_dataclass(thing) and type(thing).__module__.startswith("functional_lstsq."):
+        return type(thing), *(_identities(getattr(thing, field.name)) for field in fields(thing))
+    if isinstance(thing, tuple):
+        return tuple(map(_identities, thing))
+    return thing if isinstance(thing, (int, float, str, torch.dtype, type(None))) else id(thing)
 
 
 @contextmanager

@@ -49,8 +49,8 @@ class LinearOperator(OperatorAlgebra):
     Estimated errors are those of x and of the adjoint solution; that a gradient by params keeps its digits where its
     terms cancel is not judged.
 
-    `torch.compile(fullgraph=True)` takes a matvec that is torch code on params and x alone, and an error tells where it
-    gives other numbers than when the graph was made; without `fullgraph`, solves run beside the graph.
+    `torch.compile(fullgraph=True)` takes a matvec that is torch code on params and x alone, without a closure; an error
+    tells where it gives other numbers than when the graph was made. Without `fullgraph`, solves run beside the graph.
 
     >>> import torch, functional_lstsq as fl
     >>> def blur(kernel, x):
@@ -166,12 +166,16 @@ class LinearOperator(OperatorAlgebra):
 
         def closed(function: Product, name: str, size: int) -> tuple[Product, Tensor]:
             example = torch.zeros(size, dtype=doubled, device=self.device)
-            if not real or self.given is None:
+            if not real or (self.given is None and not torch.compiler.is_compiling()):
                 try:
                     return close(InPrecision(function, name, working), name, "params", params, example)
-                except TypeError:
+                except Exception as error:
                     if not real:
                         raise
+                    try:
+                        return close(InPrecision(function, name, working, True), name, "params", params, example)
+                    except Exception:
+                        raise error from None
             return close(InPrecision(function, name, working, True), name, "params", params, example)
 
         matvec, y = closed(self.matvec, "matvec", self.in_size)
@@ -187,13 +191,13 @@ class LinearOperator(OperatorAlgebra):
         if not isinstance(X, Tensor) or X.ndim not in (1, 2) or X.shape[0] != self.in_size:
             got = f"shape {tuple(X.shape)}" if isinstance(X, Tensor) else type(X).__name__
             raise ValueError(f"A @ X needs X of shape ({self.in_size},) or ({self.in_size}, k), got {got}")
-        X = X.to(self.dtype)
         return self._each(lambda x: self.matvec(self.params, x), X)
 
-    @staticmethod
-    def _each(function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+    def _each(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
         """`function`, which may overwrite its argument, of X or of each column."""
-        own = lambda x: function(x.clone())  # noqa: E731
+        if X.is_complex() and not self.dtype.is_complex:
+            return self._each(function, X.real) + 1j * self._each(function, X.imag)
+        own, X = lambda x: function(x.clone()), X.to(self.dtype)
         return own(X) if X.ndim == 1 else columns(own, X)
 
     @classmethod
@@ -212,7 +216,7 @@ class LinearOperator(OperatorAlgebra):
         if self.trees is not None and self.trees[1].fits(Y):
             return self.trees[0].tree(self.of_vectors.adjoint(self.trees[1].vector(Y, "b")))
         rmatvec = self.rmatvec or Pulled(self.matvec, self.in_size)
-        return self._each(lambda y: rmatvec(self.params, y), Y.to(self.dtype))
+        return self._each(lambda y: rmatvec(self.params, y), Y)
 
     def weighted(self, root: Tensor) -> LinearOperator:
         """diag(root) A of a posed A, of which `root` (m,) is a parameter too."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,32 +26,29 @@ class _Turns(threading.local):
     """What the calling thread has had of the cores.
 
     Attributes:
-        file: its schedstat, None before the first look.
-        thread: whose file that is; a forked child begins with its parent's.
-        ran, waited: nanoseconds, when it was judged last.
+        ran, waited, looked: nanoseconds, and the moment, when it was judged last.
         crowded: the judgement.
         depth: operations that it is in, one within another.
-        asked: threads that OpenMP is given back in the end, None where nothing was changed.
+        asked: OpenMP's pools and the threads that each is given back in the end, None where nothing was changed.
         steady: nothing is changed.
     """
 
-    file: Any = None
-    thread = ran = waited = depth = 0
+    ran = waited = looked = depth = 0
     crowded = False
-    asked: int | None = None
+    asked: list[tuple[Any, int]] | None = None
     steady = False
 
     def look(self) -> bool:
         """Whether others use the cores."""
-        if self.thread != threading.get_native_id():
-            self.thread, self.ran, self.waited, self.crowded = threading.get_native_id(), 0, 0, False
-            try:
-                self.file = open("/proc/thread-self/schedstat", "rb", buffering=0)  # noqa: SIM115, for the thread's life
-            except OSError:
-                self.file = False
-        if not self.file:
+        now = time.monotonic_ns()
+        if now - self.looked < _WINDOW:
+            return self.crowded
+        self.looked = now
+        try:
+            with open("/proc/thread-self/schedstat", "rb") as file:
+                ran, waited = map(int, file.read().split()[:2])
+        except (OSError, ValueError):  # another system, or no descriptor left
             return False
-        ran, waited = map(int, os.pread(self.file.fileno(), 64, 0).split()[:2])
         late, whole = waited - self.waited, ran - self.ran + waited - self.waited
         if whole >= _WINDOW:
             self.crowded = late > (_FREE if self.crowded else _CROWDED) * whole
@@ -71,18 +69,14 @@ def _pools() -> tuple[Any, ...]:
     return tuple(pool for pool in ThreadpoolController().lib_controllers if pool.user_api == "openmp")
 
 
-def _use(threads: int) -> None:
-    for pool in _pools():
-        pool.set_num_threads(threads)
-
-
 def settle() -> None:
     """Work alone from here on, within `shared_cores`, where others use the cores."""
-    if _turns.depth and not _turns.steady and _turns.asked is None and _turns.look():
-        threads = torch.get_num_threads()
-        if threads > 1 and not torch.are_deterministic_algorithms_enabled():
-            _turns.asked = threads
-            _use(1)
+    if not _turns.depth or _turns.steady or _turns.asked is not None or not _turns.look():
+        return
+    if torch.get_num_threads() > 1 and not torch.are_deterministic_algorithms_enabled():
+        _turns.asked = [(pool, pool.get_num_threads()) for pool in _pools()]
+        for pool, _ in _turns.asked:
+            pool.set_num_threads(1)
 
 
 class SharedCores:
@@ -100,9 +94,10 @@ class SharedCores:
 
 
 def _give_back() -> None:
-    if _turns.asked is not None:
-        _use(_turns.asked)
-        _turns.asked = None
+    asked, _turns.asked = _turns.asked, None
+    for pool, threads in asked or ():
+        if pool.get_num_threads() == 1:  # which the user has not changed in between
+            pool.set_num_threads(threads)
 
 
 shared_cores = SharedCores()
@@ -121,6 +116,8 @@ def steady() -> Iterator[None]:
 
 def _begin_fork() -> None:
     _turns.asked = None  # a child has one thread, for good
+    _turns.ran = _turns.waited = _turns.looked = 0
+    _turns.crowded = False
 
 
 if hasattr(os, "register_at_fork"):
