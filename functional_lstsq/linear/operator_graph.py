@@ -1,6 +1,6 @@
 """A LinearOperator in a graph of torch.compile: one call, for the functions in it are traced by torch alone.
 
-Dynamo keeps what `noted` gives, a number, for as long as the functions and the options are those that it has seen; the
+Dynamo keeps what `_note` gives, a number, for as long as the functions and the options are those that it has seen; the
 graph calls `_solved` with it and with the tensors. AOTAutograd then records the operations in it: those of `matvec` for
 derivatives, while the solve itself calls `matvec`. Nobody guards what that takes from elsewhere than its arguments. So
 one product is recorded too, and held against what `matvec` gives when the graph runs.
@@ -117,7 +117,7 @@ def _solved(number: int, size: int, params: Any, b: Any, damp: Any, weights: Any
 
 
 def _held_against_the_record(problem: Problem) -> Tensor:
-    """Zero; an error when the graph runs where products are others then."""
+    """Zero, and an error when the graph runs where products are others then."""
     assert isinstance(problem.A, LinearOperator)
     static, leaves = static_of(problem.A, *problem.shape, problem.settings, "raise")
     every = [leaf[None].detach() for leaf in leaves]

@@ -162,21 +162,19 @@ class LinearOperator(OperatorAlgebra):
         working = dtype if self.given is None else self.given
         working = working.to_complex() if dtype.is_complex else working
         doubled = torch.promote_types(dtype, torch.float64)
-        real = dtype.is_complex and not self.dtype.is_complex  # but for functions of real params and complex x
+        # A real map takes complex numbers by their parts, unless its function takes them whole, which it may of real
+        # params too; tracers, which compute nothing, do not see whether it can.
+        ways = [False] if not dtype.is_complex or self.dtype.is_complex else [False, True]
+        ways = ways if self.given is None and not torch.compiler.is_compiling() else ways[-1:]
 
         def closed(function: Product, name: str, size: int) -> tuple[Product, Tensor]:
-            example = torch.zeros(size, dtype=doubled, device=self.device)
-            if not real or (self.given is None and not torch.compiler.is_compiling()):
+            example, refusals = torch.zeros(size, dtype=doubled, device=self.device), []
+            for apart in ways:
                 try:
-                    return close(InPrecision(function, name, working), name, "params", params, example)
+                    return close(InPrecision(function, name, working, apart), name, "params", params, example)
                 except Exception as error:
-                    if not real:
-                        raise
-                    try:
-                        return close(InPrecision(function, name, working, True), name, "params", params, example)
-                    except Exception:
-                        raise error from None
-            return close(InPrecision(function, name, working, True), name, "params", params, example)
+                    refusals.append(error)
+            raise refusals[0]
 
         matvec, y = closed(self.matvec, "matvec", self.in_size)
         rmatvec = None if self.rmatvec is None else closed(self.rmatvec, "rmatvec", y.shape[0])[0]
@@ -197,8 +195,8 @@ class LinearOperator(OperatorAlgebra):
         """`function`, which may overwrite its argument, of X or of each column."""
         if X.is_complex() and not self.dtype.is_complex:
             return self._each(function, X.real) + 1j * self._each(function, X.imag)
-        own, X = lambda x: function(x.clone()), X.to(self.dtype)
-        return own(X) if X.ndim == 1 else columns(own, X)
+        X = X.to(self.dtype)
+        return function(X.clone()) if X.ndim == 1 else columns(lambda x: function(x.clone()), X)
 
     @classmethod
     def _made(
