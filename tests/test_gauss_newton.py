@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import close, mixes, normal
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
@@ -118,9 +118,12 @@ def test_a_large_one_is_never_formed():
         fl.gauss_newton(chain, torch.ones(n, dtype=D), (y,))
 
 
-@settings(max_examples=25)
+@pytest.mark.parametrize("compiled", [True, False])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 12), st.integers(1, 9), st.floats(0.05, 0.9), st.integers(0, 10**6))
-def test_colors_give_the_jacobian(m, n, density, seed):
+def test_colors_give_the_jacobian(compiled, monkeypatch, m, n, density, seed):
+    if not compiled:
+        monkeypatch.setattr(coloring.kernels, "available", lambda device: False)
     g = torch.Generator().manual_seed(seed)
     A = torch.randn(m, n, generator=g, dtype=D) * (torch.rand(m, n, generator=g) < density)
     pattern = fl.SparsePattern(A.nonzero().T, (m, n))
@@ -129,6 +132,20 @@ def test_colors_give_the_jacobian(m, n, density, seed):
     color = coloring.colors(pattern)
     for row in A != 0:
         assert len(color[row].unique()) == int(row.sum())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_cameras_and_points_take_as_many_colors_as_a_row_has_entries(compiled, monkeypatch):
+    """Random orders take 22: columns that share rows with most others come first."""
+    if not compiled:
+        monkeypatch.setattr(coloring.kernels, "available", lambda device: False)
+    g = torch.Generator().manual_seed(0)
+    camera = torch.rand(300, 20, generator=g).argsort(1)[:, :5].flatten()  # of 20, by which each of 300 points is seen
+    point = torch.arange(300).repeat_interleave(5)
+    columns = torch.cat([6 * camera[:, None] + torch.arange(6), 120 + 3 * point[:, None] + torch.arange(3)], 1)
+    rows = torch.arange(1500).repeat_interleave(9)
+    pattern = fl.SparsePattern(torch.stack([rows, columns.flatten()]), (1500, 1020))
+    assert int(coloring.colors(pattern).max()) + 1 == 9
 
 
 def test_a_module_in_the_residual_and_trees_in_args():

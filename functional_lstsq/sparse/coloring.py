@@ -1,7 +1,8 @@
 """A sparse Jacobian by few directional derivatives: columns that share no row are taken together.
 
-(Curtis, Powell and Reid, J. Inst. Maths Applics 13, 1974.) Columns are coloured by maximal independent sets (Luby, SIAM
-J. Comput. 15(4), 1986), each found by rounds over all entries at once.
+(Curtis, Powell and Reid, J. Inst. Maths Applics 13, 1974.) Columns that share rows with most others come first (Welsh
+and Powell, Comput. J. 10(1), 1967). Where there are compiled kernels each gets the first colour that is free; elsewhere
+each colour is a maximal independent set, found by rounds over all entries at once (Luby, SIAM J. Comput. 15(4), 1986).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..torch_func.forward_mode import jvp
+from . import kernels
 from .numerics import noise
 from .pattern import SparsePattern
 
@@ -25,7 +27,12 @@ def colors(pattern: SparsePattern) -> Tensor:
 
 def _colors(pattern: SparsePattern) -> Tensor:
     (m, n), (rows, columns) = pattern.shape, pattern.indices
-    rank = torch.argsort(noise(torch.zeros(n, device=pattern.device, dtype=torch.float64))).argsort() + 1  # from 1
+    lengths = pattern.rows.pointers.diff().to(torch.float64)
+    shared = lengths.new_zeros(n).scatter_add_(0, columns, lengths[rows])
+    order = torch.argsort(shared + noise(shared) / 2, descending=True)
+    if kernels.available(pattern.device):
+        return kernels.color_columns(pattern, order)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(n, 0, -1, device=order.device))
     color = torch.full((n,), -1, device=pattern.device)
     number = 0
     while bool((color < 0).any()):

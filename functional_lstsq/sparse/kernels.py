@@ -13,6 +13,7 @@ would not survive a fork.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,10 +39,11 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 def _loops() -> Any:
     with _first:
         try:
-            from . import compiled, compiled_dense, compiled_small, compiled_triple
+            from . import compiled, compiled_colors, compiled_dense, compiled_small, compiled_triple
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
-        return SimpleNamespace(**vars(compiled) | vars(compiled_dense) | vars(compiled_small) | vars(compiled_triple))
+        parts = compiled, compiled_colors, compiled_dense, compiled_small, compiled_triple
+        return SimpleNamespace(**functools.reduce(operator.or_, map(vars, parts)))
 
 
 def available(device: torch.device) -> bool:
@@ -196,6 +198,14 @@ def _by_rows(pattern: SparsePattern, values: Tensor) -> Tensor:
     """Values (P, nnz) row by row."""
     order = pattern.rows.order
     return values if order is None else at(values, order)
+
+
+def color_columns(pattern: SparsePattern, order: Tensor) -> Tensor:
+    """Colours (n,) from 0 of columns that are taken in this order (n,); those of one colour share no row."""
+    by_rows, by_columns, color = compressed(pattern), compressed(pattern.T), torch.full_like(order, -1)
+    given = *by_rows[:2], *by_columns[:2], array(order), color.numpy()
+    _call_first("color_columns", *given)
+    return color
 
 
 class Iteration:
