@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import close, problem, through_pinv
+from helpers import close, dense, problem, through_pinv
 
 import functional_lstsq as fl
 from functional_lstsq.solvers import sparse_factor
+from functional_lstsq.solvers.system import EPS, System
+from functional_lstsq.sparse.plain_products import Operator
 
 
 @pytest.mark.parametrize("backend", ["rslab", "superlu"])
@@ -132,3 +134,29 @@ def test_full_rank_that_hangs_on_a_row_left_out_of_the_factor(weight, monkeypatc
     assert float((solution.x - x).norm() / x.norm()) < 1e-11
     default = fl.solve(D.to_sparse_coo(), b, solver=fl.Auto(dense_columns=1))
     assert float((default.x - x).norm() / x.norm()) < 1e-11
+
+
+@pytest.mark.parametrize("damp", [1.0, 1e-4, 1e-9])
+def test_a_damped_step_is_near_its_solution_without_a_search_for_weak_directions(damp):
+    """Unless there may be some: a damping of 1e-9 is less than the shift of the factor."""
+    pattern, values, b = problem(60, 9, density=0.3, seed=1)
+    A = dense(values, pattern)
+    A[:, 4] = A[:, 3]
+    indices = A.nonzero().T
+    operator = Operator(fl.SparsePattern(indices, A.shape), A[tuple(indices)][None])
+    system = System(operator, torch.full((1, 9), damp, dtype=b.dtype), EPS)
+    right = b[None, :, None], torch.zeros(1, 9, 1, dtype=b.dtype)
+    factors = fl.Direct().prepare(system, minimum_norm=False)
+    _, step, _ = factors.solve(*right, judged=False)
+    assert ("known" in vars(factors)) is (damp < 1e-8)
+    _, solution, _ = factors.solve(*right)
+    assert "known" in vars(factors)
+    # The two equal columns get equal unknowns: one of them times the root of 2 takes a root of 2 less of one.
+    one = torch.cat([A[:, :3], A[:, 4:]], 1)
+    one[:, 3] *= 2**0.5
+    both = torch.cat([one, damp * torch.eye(8, dtype=b.dtype)])
+    want = torch.linalg.lstsq(both, torch.cat([b, b.new_zeros(8)])).solution
+    want[3] /= 2**0.5
+    want = torch.cat([want[:4], want[3:]])
+    close(solution[0, :, 0] / system.scale[0, :, 0], want, 1e-10)
+    close(step, solution, 1e-6)

@@ -14,6 +14,7 @@ Rows that are nearly dense are left out of the factor and come back by the Woodb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ from torch import Tensor
 from ..errors import BY_CGLS, MEMORY, TooLarge
 from ..result import INACCURATE, Report, method_code
 from ..sparse.double_double import Pair, Single
+from ..sparse.lazy import lazy
 from .base import Solver
 from .factored import Factored, power
 from .inverse_iteration import WIDTHS
 from .local import LocalFactor, local_factor
 from .memory import available_bytes
-from .null_space import NullVectors, SparseVectors, orthonormal, refine_null_space
+from .null_space import NullSpace, NullVectors, SparseVectors, orthonormal, refine_null_space
 from .shifted import ShiftedFactor
 from .sparse_factor import GramAnalysis, method_name
 from .system import System, check_number
@@ -94,6 +96,16 @@ def analyse(system: System) -> GramAnalysis:
     )
 
 
+class _Known(NamedTuple):
+    """What is known of matrices once their weak directions are, as of `Factored`; which of them were not found."""
+
+    smallest: Tensor
+    rank: Tensor
+    null: NullSpace | None
+    smallest_of_columns: Tensor | None
+    gave_up: Tensor
+
+
 class _Factors(Factored):
     blockwise = True
 
@@ -102,40 +114,72 @@ class _Factors(Factored):
         self.solver, self.analysis = solver, analysis
         code, device = method_code(method_name()), system.A.device
         self.method = torch.full((system.copies, 1), code, device=device)
-        self.largest = power(system.normal, system.scale, system.A.dtype).sqrt()
-        self.largest = torch.where(self.largest > 0, self.largest, 1.0)
-        self.nullity = torch.zeros_like(self.largest)
-        self.smallest = torch.ones_like(self.largest)
-        self.gave_up = torch.zeros_like(self.largest, dtype=torch.bool)
-        self.blocks = []
+        self.blocks: list[ShiftedFactor | LocalFactor] = []
         for p in range(system.copies):
-            self.blocks.append(self._factor(p))
+            A = system.A if system.copies == 1 else system.A.with_values(system.A.values[p : p + 1])
+            damp = None if system.damp is None else system.damp[p]
+            self.blocks.append(ShiftedFactor(A, damp, system.norms[p], system.empty[p, :, None], analysis))
             tell(phase="factor", total=system.copies)
+
+    @lazy
+    def largest(self) -> Tensor:  # type: ignore[override]
+        size = power(self.system.normal, self.system.scale, self.system.A.dtype).sqrt()
+        return torch.where(size > 0, size, 1.0)
+
+    @lazy
+    def known(self) -> _Known:
+        """By a search, which takes as much time as a factor, or more."""
+        copies, largest = self.system.copies, self.largest
+        smallest, nullity = torch.ones_like(largest), torch.zeros_like(largest)
+        gave_up = torch.zeros_like(largest, dtype=torch.bool)
+        for p, whole in enumerate(self.blocks):
+            assert isinstance(whole, ShiftedFactor)
+            self.blocks[p], gave_up[p] = self._explored(p, whole)
+            smallest[p] = self.blocks[p].smallest
+            nullity[p] = self.blocks[p].nullity + int(self.system.empty[p].sum())
         found = [block.smallest_of_columns for block in self.blocks if isinstance(block, ShiftedFactor)]
-        known = [smallest for smallest in found if smallest is not None]
-        if len(known) == system.copies:
-            self.smallest_of_columns = torch.stack(known)[:, None]
-        self.rank = system.n - self.nullity
-        if bool((self.nullity > 0).any()):
-            self._collect()
+        seen = [number for number in found if number is not None]
+        of_columns = torch.stack(seen)[:, None] if len(seen) == copies else None
+        null = self._collect(smallest) if bool((nullity > 0).any()) else None
+        return _Known(smallest, self.system.n - nullity, null, of_columns, gave_up)
 
-    def _factor(self, p: int) -> ShiftedFactor | LocalFactor:
-        """A factor of matrix p whose weak directions are known, or that has given up."""
-        system, largest = self.system, float(self.largest[p])
-        A = system.A if system.copies == 1 else system.A.with_values(system.A.values[p : p + 1])
-        damp, limit = None if system.damp is None else system.damp[p], system.tolerance * largest
-        block: ShiftedFactor | LocalFactor
-        block = whole = ShiftedFactor(A, damp, system.norms[p], system.empty[p, :, None], self.analysis)
-        if not whole.explore(largest, limit, WIDTHS[:_FIRST]):
-            local = local_factor(system, p, limit, self.analysis, self.solver.too_large)
-            block = local or whole
-            known = whole.explore(largest, limit, WIDTHS[_FIRST:]) if local is None else local.explore(largest)
-            self.gave_up[p] = not known
-        self.smallest[p] = block.smallest
-        self.nullity[p] = block.nullity + int(system.empty[p].sum())
-        return block
+    @property
+    def smallest(self) -> Tensor:  # type: ignore[override]
+        return self.known.smallest
 
-    def _collect(self) -> None:
+    @property
+    def rank(self) -> Tensor:  # type: ignore[override]
+        return self.known.rank
+
+    @property
+    def null(self) -> NullSpace | None:  # type: ignore[override]
+        return self.known.null
+
+    @property
+    def smallest_of_columns(self) -> Tensor | None:  # type: ignore[override]
+        return self.known.smallest_of_columns
+
+    def _explored(self, p: int, whole: ShiftedFactor) -> tuple[ShiftedFactor | LocalFactor, bool]:
+        """A factor of matrix p whose weak directions are known, and whether that was given up."""
+        largest = float(self.largest[p])
+        limit = self.system.tolerance * largest
+        if whole.explore(largest, limit, WIDTHS[:_FIRST]):
+            return whole, False
+        local = local_factor(self.system, p, limit, self.analysis, self.solver.too_large)
+        if local is None:
+            return whole, not whole.explore(largest, limit, WIDTHS[_FIRST:])
+        return local, not local.explore(largest)
+
+    @lazy
+    def _is_clear(self) -> bool:
+        """Whether damping leaves no direction weak in any matrix, so that the factors alone give some digits."""
+        limit = self.system.tolerance * 2 * self.system.n**0.5  # no column is longer than 2
+        clear = (
+            isinstance(block, ShiftedFactor) and block.floor > max(block.threshold, limit) for block in self.blocks
+        )
+        return all(clear)
+
+    def _collect(self, smallest: Tensor) -> NullVectors:
         """The null space, refined; columns of zeros are unit vectors of it."""
         weak, copies = [block.null for block in self.blocks], self.system.copies
         width = max(z.shape[1] for z in weak)
@@ -144,18 +188,19 @@ class _Factors(Factored):
         in_parts = [(p, block) for p, block in enumerate(self.blocks) if isinstance(block, LocalFactor)]
         parts = [(p, found) for p, block in in_parts if (found := block.local_null_space())]
         local = SparseVectors.together([(p, null) for p, (null, _) in parts], copies) if parts else None
-        dense = self._null_space(Z, lost, local) if width else (Z, Z)
+        dense = self._null_space(Z, lost, smallest, local) if width else (Z, Z)
         if local is None:
-            self.null = NullVectors(*dense, self.system.empty)
-            return
+            return NullVectors(*dense, self.system.empty)
 
         def together(which: int) -> SparseVectors:
             weak = [(p, SparseVectors.from_dense(dense[which][p], lost[p, 0])) for p in range(copies)]
             return SparseVectors.together([(p, found[which]) for p, found in parts] + weak, copies)
 
-        self.null = NullVectors(together(0), together(1), self.system.empty)
+        return NullVectors(together(0), together(1), self.system.empty)
 
-    def _null_space(self, Z: Tensor, lost: Tensor, local: SparseVectors | None = None) -> tuple[Tensor, Tensor]:
+    def _null_space(
+        self, Z: Tensor, lost: Tensor, smallest: Tensor, local: SparseVectors | None = None
+    ) -> tuple[Tensor, Tensor]:
         """An orthonormal basis of the null space of A and its errors, from null vectors of the scaled matrix, about.
 
         Args:
@@ -167,7 +212,7 @@ class _Factors(Factored):
         # Rounding errors of A Z are magnified by the condition number, those of Z by its square, and both by D^-1:
         # where these are large, Z is carried as a pair of doubles.
         spread = system.scale.amax(1) / system.scale.amin(1)
-        exact = bool((self.largest * spread > _EXACT * self.smallest).any())
+        exact = bool((self.largest * spread > _EXACT * smallest).any())
 
         def correction(whole: Pair | Single) -> Tensor:
             if isinstance(whole, Pair):
@@ -193,12 +238,21 @@ class _Factors(Factored):
     def solve(
         self, b: Tensor, c: Tensor, start: Tensor | None = None, *, judged: bool = True
     ) -> tuple[Tensor, Tensor, Report]:
-        """As of `Factored`; what could not be explored is no success."""
+        """As of `Factored`; what could not be explored is no success.
+
+        A damped step of a fit is to be near its solution, and the cost tells what it is worth: one solve by the factor,
+        without a search for directions that damping keeps from being weak.
+        """
+        system = self.system
+        if not judged and system.weights is None and self._is_clear:
+            run = self._apply_once(b, c)
+            told = torch.zeros(Report.shape(*run.gamma.shape), dtype=torch.float64, device=b.device)
+            return run.r, run.y, Report(*Report.unpacked(told))
         r, y, answer = super().solve(b, c, judged=judged)
-        if bool(self.gave_up.any()):
+        if bool((gave_up := self.known.gave_up).any()):
             answer = answer._replace(
-                status=torch.where(self.gave_up, INACCURATE, answer.status),
-                solution_error=torch.where(self.gave_up, torch.inf, answer.solution_error),
-                rank=torch.where(self.gave_up, -1, answer.rank),
+                status=torch.where(gave_up, INACCURATE, answer.status),
+                solution_error=torch.where(gave_up, torch.inf, answer.solution_error),
+                rank=torch.where(gave_up, -1, answer.rank),
             )
         return r, y, answer

@@ -40,6 +40,7 @@ class ShiftedFactor:
     Attributes:
         null: null vectors (n, q), once `explore` has looked for them.
         smallest: the smallest singular value that is not zero.
+        floor: what damping keeps singular values above; those above `threshold` the shift hardly changes.
         smallest_of_columns: that of [A; d] N^-1, whose columns have norm 1; None where there are weak directions.
     """
 
@@ -72,6 +73,7 @@ class ShiftedFactor:
             inner = (inner + inner.mH) / 2 + torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
             self.inner, _ = torch.linalg.cholesky_ex(inner)
             self._check_inverse(extra + shift * norms2)
+        self.floor = 0.0 if damp is None else float(damp.min())
         self.V: Tensor | None = None
         self.null = A.values.new_zeros((A.n, 0))
 
