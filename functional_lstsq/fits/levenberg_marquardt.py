@@ -28,6 +28,9 @@ from .rounding import blur_of_gradient, floor_of_cost, is_rounding, length_of_in
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
 _SLOW = 20  # reweighted solves after which Newton's steps are tried beside them
+# Of the decrease that the model predicts: where it is so nearly right, damping is what delays the end, and goes by more
+# than Nielsen's third a step (a bundle adjustment of 18,300 unknowns takes 7 steps in place of 14).
+_LIKE = 0.99
 _SAMPLES = 3  # of rounding errors, before a minimum is judged
 # Relative steps, and gradients in units of their rounding errors in double precision: after one more of Newton's steps
 # these errors are all that is left, whatever the precision of the input.
@@ -141,17 +144,18 @@ class Descent:
             better = sound & (f <= s.f - 1e-4 * predicted + 10 * EPS * s.f + s.floor)
             small = relative(p, s.x + p, s.scale, self._least(which, s))
             gain = ((s.f - f) / predicted.clamp_min(_TINY)).clamp(0, 1)
-            s.mu = torch.where(better, s.mu * (1 - (2 * gain - 1) ** 3).clamp_min(1 / 3), s.mu * s.grow).clamp(
-                1e-30, 1e30
-            )
+            shrinks = (1 - (2 * gain - 1) ** 3).clamp_min(torch.where(gain > _LIKE, 1 / 100, 1 / 3))
+            s.mu = torch.where(better, s.mu * shrinks, s.mu * s.grow).clamp(1e-30, 1e30)
             s.grow = torch.where(better, 2.0, 2 * s.grow)
             s.x, s.r = torch.where(better[:, None], s.x + p, s.x), torch.where(better[:, None], r, s.r)
             s.f, s.stale = torch.where(better, f, s.f), better
             self.state.put(which, s)
             if objective.callback is not None:
                 objective.callback(int(self.iterations.max()), float(self.state.f.max()))
-            # In one norm a large unknown may hide that the others are far from where they belong: f does not.
-            done = better & (small <= close) & (predicted <= close * f + s.floor) | (small <= EPS)
+            # In one norm a large unknown may hide that the others are far from where they belong: f does not, nor does
+            # each of them by itself.
+            near = (predicted <= close * f + s.floor) | (p.abs() <= close / 10 * s.x.abs()).all(1)
+            done = better & (small <= close) & near | (small <= EPS)
             stuck = ~sound & objective.linear  # without damping that could grow
             arrived[which] = done
             self.status[which[stuck]] = float(RANK_DEFICIENT)
