@@ -12,6 +12,9 @@ A batch shares its passes: the problems that are not done are one batch of solve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
 from ..torch_func.primitive import Constant, define
+from .guess import guess
 from .pivoting import BY_DAMPING, Bounded, Judged, Problems, Tried, at_bounds, check_order, judge, left_of_shift
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
@@ -213,17 +217,20 @@ def _active_set(
     if not (len(b) and m and n):
         return find_active_set(problems, on_failure)
     problems, exponents = problems.scaled()
-    active, weak, multipliers, status = find_active_set(problems, on_failure)
+    active, weak, multipliers, status = find_active_set(problems, on_failure, guess)
     return active, weak, ldexp(multipliers, exponents), status
 
 
-def find_active_set(problems: Problems, on_failure: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(active, weak, multipliers (P, n), status (P,)) of `Bounded` problems, or of others that can be attempted so."""
+def find_active_set(
+    problems: Any, on_failure: str, guess: Callable[[Any, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(active, weak, multipliers (P, n), status (P,)) of `Problems`, from what guess(problems, active) begins with."""
     lower = problems.lower
     if not (len(problems.b) and problems.m and problems.n):
         active = torch.zeros_like(lower)
         return active, active.clone(), active.clone(), lower.new_zeros(len(lower))
     search = _Search(problems)
+    search.active = search.active if guess is None else guess(problems, search.active)
     search.run()
     failed = search.status != CONVERGED
     if on_failure == "raise" and bool(failed.any()):

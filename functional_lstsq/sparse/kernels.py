@@ -39,10 +39,10 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 def _loops() -> Any:
     with _first:
         try:
-            from . import compiled, compiled_colors, compiled_dense, compiled_small, compiled_triple
+            from . import compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_small, compiled_triple
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
-        parts = compiled, compiled_colors, compiled_dense, compiled_small, compiled_triple
+        parts = compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_small, compiled_triple
         return SimpleNamespace(**functools.reduce(operator.or_, map(vars, parts)))
 
 

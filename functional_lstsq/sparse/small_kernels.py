@@ -1,4 +1,4 @@
-"""Factors and whole solves of small systems, by the compiled loops of `compiled_small`."""
+"""Factors and whole solves of small systems, by the compiled loops of `compiled_small` and `compiled_bounds`."""
 
 from __future__ import annotations
 
@@ -75,3 +75,13 @@ def solve(
 @functools.lru_cache(maxsize=16)
 def _signs(rows: int) -> np.ndarray:
     return array(noise(torch.empty((2, rows), dtype=torch.float64, device="cpu")))
+
+
+def guess_active(G: Tensor, h: Tensor, lower: Tensor, upper: Tensor, active: Tensor) -> Tensor:
+    """Which bounds hold in min x^T G x / 2 - h^T x, lower <= x <= upper, about; all (P, n), but G (P, n, n).
+
+    `active` is what to begin with, and what comes out where nothing is found; see `linear.active_set` for its values.
+    """
+    found, (copies, n) = active.clone(), h.shape
+    run("guess_active", ("guess_active",), copies, copies * n**3, *map(array, (G, h, lower, upper)), found.numpy())
+    return found
