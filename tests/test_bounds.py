@@ -10,6 +10,7 @@ from rationals import solved
 from torch.func import grad, jvp
 
 import functional_lstsq as fl
+from functional_lstsq.linear import active_set, pivoting
 
 F64 = torch.float64
 INF = float("inf")
@@ -139,6 +140,49 @@ def posed(problem, c):
         return fl.lstsq(matrix, b, damp=damp, weights=weights, bounds=(lower, upper)) @ c
 
     return f, (A.reshape(-1), *problem[1:])
+
+
+def told(problem):
+    """(active where that is not arbitrary, weak, x), or the error."""
+    A, b, damp, weights, lower, upper = problem
+    matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(*A.shape))
+    try:
+        x, _, info = fl.solve(matrix, b, damp=damp, weights=weights, bounds=(lower, upper))
+    except torch.linalg.LinAlgError as error:
+        return type(error), None, None
+    return torch.where(info.weak, 0, info.active).tolist(), info.weak.tolist(), x
+
+
+@pytest.mark.parametrize("seed", range(64))
+def test_a_guess_changes_nothing_but_where_the_search_begins(seed, monkeypatch):
+    kind, *problem = drawn(seed)
+    active, weak, x = told(problem)
+    monkeypatch.setattr(active_set, "guess", None)
+    assert told(problem)[:2] == (active, weak)
+
+    def wrong(problems, active):
+        return torch.where((active == 0) & problems.lower.isfinite(), -1, active)
+
+    monkeypatch.setattr(active_set, "guess", wrong)
+    found = told(problem)
+    if kind != "degenerate":  # where it is rounding that multipliers are made of
+        assert found[:2] == (active, weak)
+    if x is not None:
+        torch.testing.assert_close(found[2], x, rtol=1e-9, atol=1e-15)
+
+
+def test_one_solve_tells_that_a_guess_is_right(monkeypatch):
+    g, tried, attempt = torch.Generator().manual_seed(0), [], pivoting.attempt
+
+    def counted(problems, active):
+        tried.append(len(active))
+        return attempt(problems, active)
+
+    monkeypatch.setattr(pivoting, "attempt", counted)
+    A, b = torch.randn(5, 60, 20, generator=g, dtype=F64), torch.randn(5, 60, generator=g, dtype=F64)
+    pattern = full_pattern(60, 20)
+    torch.vmap(lambda v, b: fl.lstsq(fl.SparseMatrix(v, pattern), b, bounds=(0.0, INF)))(A.flatten(1), b)
+    assert tried == [5]
 
 
 @pytest.mark.parametrize("seed", [*range(24), *(pytest.param(k, marks=pytest.mark.slow) for k in range(24, 160))])
