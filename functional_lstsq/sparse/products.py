@@ -42,6 +42,8 @@ _CANCELLED = 0.1  # of the sum of absolute terms: a sum that is smaller than tha
 def _multiply_kernel(values: Tensor, X: Tensor, indices: Tensor, m: int, n: int, adjoint: bool, exact: bool) -> Tensor:
     if not len(X):
         return _multiply_fake(values, X, indices, m, n, adjoint, exact)
+    if exact and not bool((X != 0).any()):  # as bounds of zero are
+        return _multiply_fake(values, X, indices, m, n, adjoint, exact).zero_()
     operator = Operator(find_pattern(indices, m, n), values)
     X = X.resolve_conj()
     product = operator.adjoint(X) if adjoint else operator.matmul(X)
