@@ -240,6 +240,7 @@ def minimum_of(
         callback=callback,
         nested=nested,
         found_inside=found_inside,
+        whole=jacobian is None and further is None,
     )
     leaves = (threshold, torch.zeros_like(threshold), weights, *doubled)
     x, info, study = _descend(objective, start, leaves, limits, robust, dtype)

@@ -148,6 +148,18 @@ def test_cameras_and_points_take_as_many_colors_as_a_row_has_entries(compiled, m
     assert int(coloring.colors(pattern).max()) + 1 == 9
 
 
+def test_what_where_leaves_out_does_not_spoil_a_step():
+    """Far from the minimum the root of a negative number is left out, whose derivative in reverse mode is NaN."""
+
+    def residual(x, y):
+        return torch.where(x < 10, x - 12, torch.sqrt(x - 10) - 2**0.5) - y
+
+    y = tensor(0.0, 0.1)
+    assert jacrev(residual)(tensor(1.0, 2.0), y).isnan().any()
+    x = fl.gauss_newton(residual, tensor(1.0, 2.0), (y,)).x
+    close(x, 10 + (2**0.5 + y).square(), 1e-14)
+
+
 def test_a_module_in_the_residual_and_trees_in_args():
     module, features = torch.nn.Linear(3, 2, dtype=D), normal(6, 3)
 

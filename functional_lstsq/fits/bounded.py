@@ -77,7 +77,7 @@ def on_set(objective: Objective) -> Objective:
         free = (active == 0).to(y.dtype)
         return torch.cat([objective.jacobian(_placed(y, active, bound), *given) * free[indices[1]], 1 - free])
 
-    return replace(objective, residual=residual, pull=pull, jacobian=jacobian, pattern=pattern)
+    return replace(objective, residual=residual, pull=pull, jacobian=jacobian, pattern=pattern, whole=False)
 
 
 def _placed(y: Tensor, active: Tensor, bound: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..solvers.watching import is_watched, tell
 from .geodesic import acceleration, lowest
 from .hessian import conjugate, relative
 from .model import model_at
-from .objective import Leaves, Objective, each
+from .objective import Leaves, Objective, each, slopes_at
 from .report import FitReport
 from .rounding import blur_of_gradient, floor_of_cost, is_rounding, length_of_influence, spread_of_influence
 
@@ -167,7 +167,7 @@ class Descent:
         stale = which[self.state.stale[which]]
         if len(stale):
             s, leaves = self.state.take(stale), self._of(stale)
-            J, s.weights = each(self.objective.slopes, s.x, *leaves), self.objective.weights(s.r, leaves)
+            J, s.weights = slopes_at(self.objective, s.x, leaves), self.objective.weights(s.r, leaves)
             self.broken[stale] |= ~J.isfinite().all(1)
             s.J = J.where(~self.broken[stale, None], 0.0)
             model = model_at(self.objective, s.J, s.weights, leaves)

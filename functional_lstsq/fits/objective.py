@@ -28,6 +28,7 @@ from ..sparse.plain_products import Operator
 from ..torch_func.forward_mode import jvp
 from .losses import Square
 
+_FEW = 2**15  # numbers that hold all residuals' derivatives by all residuals
 Leaves = tuple[Tensor, ...]  # t, d, w (m,), and what the residual depends on besides x
 
 
@@ -61,6 +62,7 @@ class Objective:
     callback: Callable[[int, float], object] | None = None  # of each damped step: their number, and the largest cost
     again: bool = False  # whether an attempt that found no minimum is followed by another one
     found_inside: int = 0  # unknowns that the residual finds itself, as those of `further`
+    whole: bool = False  # J has all entries, and one derivative of the residual takes about as long as another
     # Products with H by forward mode over reverse mode, once reverse over reverse gave NaN (of t^x at t = 0, say); and
     # whether both did.
     forward: bool = False
@@ -159,6 +161,10 @@ class Objective:
         """The values of J."""
         return self.jacobian(x, *given)
 
+    def slopes_by_rows(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
+        """The same where J is `whole`, from a gradient for each residual."""
+        return torch.func.jacrev(lambda x: self.residual(x, *given))(x).flatten()
+
     def weights(self, r: Tensor, leaves: Leaves) -> Tensor:
         """(P, m), of the parabolas that touch the loss in r."""
         return self.loss.weight(r, leaves[2], leaves[0][:, None])
@@ -170,6 +176,19 @@ def each(function: Callable, *tensors: Tensor, dim: int = 0) -> Any:
         single = function(*(tensor.select(dim, 0) for tensor in tensors))
         return torch_pytree.tree_map(lambda result: result.unsqueeze(dim), single)
     return torch.vmap(function, dim, dim)(*tensors)
+
+
+def slopes_at(objective: Objective, x: Tensor, leaves: Leaves) -> Tensor:
+    """The values (P, nnz) of J at x (P, n).
+
+    For few residuals by reverse mode, where torch takes half the time of forward mode or less; unless that gives NaN,
+    as of what `torch.where` leaves out.
+    """
+    if objective.whole and len(x) * objective.pattern.shape[0] ** 2 <= _FEW:
+        J = each(objective.slopes_by_rows, x, *leaves)
+        if bool(J.isfinite().all()):
+            return J
+    return each(objective.slopes, x, *leaves)
 
 
 def curvature_at(objective: Objective, x: Tensor, leaves: Leaves) -> Callable[[Tensor], Tensor]:
