@@ -21,6 +21,7 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 unfinished: set[str] = set()  # files that are being written, to be removed where a signal ends the process
 as_json = False  # whether an error is an object on standard output, too
 ending = False  # by a signal: nothing else is to be told
+leaving: int | None = None  # the status to end with, once all is told: torchrun ends other ranks as soon as one has
 
 
 def is_running() -> bool:
@@ -56,6 +57,8 @@ def _end(number: int, _frame: Any) -> None:
     ending = True
     for name in list(unfinished):
         Path(name).unlink(missing_ok=True)
+    if leaving is not None:
+        os._exit(leaving)
     said, status = _WORDS[signal.Signals(number).name], 128 + number
     # Straight to the descriptors: the streams may be in the middle of something.
     clear = b"\r\x1b[K" if os.isatty(2) else b""

@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 from ..solvers.memory import available_bytes
 from .errors import BadInput
 
 FORMATS, FIELDS = ("coordinate", "array"), ("real", "double", "integer", "unsigned-integer", "complex", "pattern")
 SYMMETRIES = ("general", "symmetric", "skew-symmetric", "hermitian")
-_CHUNK = 2**20  # bytes that are looked at together, and that a line may have
+CHUNK = 2**20  # bytes that are looked at together, and that a line may have
 _OTHER = 2**26  # bytes of lines that are no entries
 _LARGEST = 2**53 - 1  # rows, columns or entries: indices are exact in double precision
 _ENTRY = 100  # bytes that an entry takes while it is read
 BLANK = re.compile(rb"[ \t]*\r?")
 
 
-class Lines:
-    """The lines of a file: one by one at its beginning, later by the million. `number` is that of the last one."""
+class Readable(Protocol):
+    """Bytes, from where it stands."""
 
-    def __init__(self, name: str, file: io.BufferedReader):
-        self.name, self.number, self.other = name, 0, 0
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Lines:
+    """The lines of a file: one by one at its beginning, later by the million. `number` is that of the last one.
+
+    Args:
+        file: or a part of one, which has a `read`.
+        before: gives the number of lines before the part; called for a message only, since it has to read them.
+    """
+
+    def __init__(self, name: str, file: Readable, before: Callable[[], int] = int):
+        self.name, self.number, self.other, self.size, self.before = name, 0, 0, 0, before
         self._chunks, self._left, self._at = self._read(file), b"", 0
 
-    def _read(self, file: io.BufferedReader) -> Iterator[bytes]:
+    def _read(self, file: Readable) -> Iterator[bytes]:
         rest = b""
-        while data := file.read(_CHUNK):
+        while data := file.read(CHUNK):
             data = rest + data
             end = data.rfind(b"\n") + 1
             rest = data[end:]
-            if len(rest) > _CHUNK:
-                raise self.fail(f"a line of more than {_CHUNK} bytes", self.number + data.count(b"\n") + 1)
+            if len(rest) > CHUNK:
+                raise self.fail(f"a line of more than {CHUNK} bytes", self.number + data.count(b"\n") + 1)
             if end:
                 yield data[:end]
         if rest:
             yield rest + b"\n"
 
     def one(self) -> bytes | None:
-        """The next line; None at the end."""
+        """The next line; None at the end. `size` is how many bytes all of these have had."""
         if self._at == len(self._left):
             self._left, self._at = next(self._chunks, b""), 0
         if not self._left:
             return None
         end = self._left.index(b"\n", self._at)
         line, self._at = self._left[self._at : end], end + 1
-        self.number += 1
+        self.number, self.size = self.number + 1, self.size + len(line) + 1
         return line
 
     def many(self) -> Iterator[list[bytes]]:
@@ -64,7 +74,7 @@ class Lines:
             raise self.fail(f"more than {_OTHER} bytes of lines without entries", self.number)
 
     def fail(self, what: str, line: int | None = None) -> BadInput:
-        return BadInput(f"cannot read {self.name}{'' if line is None else f', line {line}'}: {what}")
+        return BadInput(f"cannot read {self.name}{'' if line is None else f', line {self.before() + line}'}: {what}")
 
 
 class Header(NamedTuple):
@@ -79,7 +89,8 @@ class Header(NamedTuple):
     entries: int  # that the file must have
 
     @classmethod
-    def read(cls, lines: Lines) -> Header:
+    def read(cls, lines: Lines, readers: int = 1) -> Header:
+        """The header of a file, of whose entries each of so many readers takes an equal part into memory."""
         format, field, symmetry, kind = _banner(lines)
         line: bytes | None = b"%"
         while line is not None and (line.startswith(b"%") or BLANK.fullmatch(line)):
@@ -100,10 +111,10 @@ class Header(NamedTuple):
             raise lines.fail(f"what is {symmetry} must be square, got {m} x {n}", lines.number)
         triangle = {"general": m * n, "skew-symmetric": n * (n - 1) // 2}.get(symmetry, n * (n + 1) // 2)
         count = more[0] if more else triangle
-        room = available_bytes()
-        if _ENTRY * count > room:
+        room, share = available_bytes(), count // readers
+        if _ENTRY * share > room:
             raise lines.fail(
-                f"{count} entries take about {_ENTRY * count:.1e} bytes of memory, of {room:.1e} that are available",
+                f"{share} entries take about {_ENTRY * share:.1e} bytes of memory, of {room:.1e} that are available",
                 lines.number,
             )
         return cls(format, field, symmetry, kind, m, n, count)

@@ -34,11 +34,19 @@ def read(name: str, file: io.BufferedReader) -> Content:
     """Read an open file; `BadInput` says what is wrong with it, and in which line."""
     lines = Lines(name, file)
     header = Header.read(lines)
-    return _matrix(header, _numbers(lines, header))
+    found = numbers(lines, header)
+    if len(found) < header.entries:
+        raise lines.fail(too_few(len(found), header), lines.number)
+    return matrix(header, found)
 
 
-def _numbers(lines: Lines, header: Header) -> np.ndarray:
-    """(count, tokens of a line), in double precision."""
+def too_few(count: int, header: Header) -> str:
+    """What is wrong with a file of so many entries."""
+    return f"it ends after {count} of the {header.entries} entries that its size promises"
+
+
+def numbers(lines: Lines, header: Header) -> np.ndarray:
+    """(count, tokens of a line), in double precision, of the lines that follow; no more than the header promises."""
     places = header.format == "coordinate"
     tokens = [rb"0+", rb"0+"] * places + _VALUES[header.kind]
     grammar = re.compile(rb"[ \t]*" + rb"[ \t]+".join(tokens) + BLANK.pattern)
@@ -68,8 +76,6 @@ def _numbers(lines: Lines, header: Header) -> np.ndarray:
                     raise lines.fail(f"{what}, got {shown(chunk[k])}", where[k])
             parts.append(found)
         count += len(chunk)
-    if count < header.entries:
-        raise lines.fail(f"it ends after {count} of the {header.entries} entries that its size promises", lines.number)
     return np.concatenate(parts)
 
 
@@ -142,14 +148,14 @@ def _fault(line: bytes, header: Header) -> str:
     return f"numbers must be separated by blanks, got {shown(line)}"
 
 
-def _matrix(header: Header, found: np.ndarray) -> Content:
-    """All entries, with those that symmetry implies."""
+def matrix(header: Header, found: np.ndarray, before: int = 0) -> Content:
+    """Entries, with those that symmetry implies: all, or of a general matrix some, before which there are others."""
     m, n, symmetry = header.m, header.n, header.symmetry
     if header.format == "coordinate":
         rows, columns = (found[:, i].astype(np.int64) - 1 for i in (0, 1))
         found = found[:, 2:]
     elif symmetry == "general":
-        columns, rows = (place.ravel() for place in np.divmod(np.arange(m * n), max(m, 1)))
+        columns, rows = np.divmod(np.arange(before, before + len(found)), max(m, 1))
     else:
         columns, rows = np.triu_indices(n, 1 if symmetry == "skew-symmetric" else 0)  # by columns of the lower triangle
     values: np.ndarray

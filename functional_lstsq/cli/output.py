@@ -27,10 +27,11 @@ class Output:
         quiet: print nothing.
         json: print nothing but one object, that of `record` or of `error`.
         colour: whether colour is allowed; it takes a terminal, and no NO_COLOR in the environment.
+        rank: the place of this process among those that do the same together: the first one speaks for all.
     """
 
-    def __init__(self, *, quiet: bool = False, json: bool = False, colour: bool = True):
-        self.quiet, self.json, self.recorded = quiet, json, False
+    def __init__(self, *, quiet: bool = False, json: bool = False, colour: bool = True, rank: int = 0):
+        self.quiet, self.json, self.recorded, self.first = quiet or rank > 0, json, False, rank == 0
         self.file = sys.stdout  # None where it is closed
         command.as_json = json and not quiet
         here = self.file is not None and self.file.isatty() and os.environ.get("TERM") != "dumb"
@@ -62,9 +63,12 @@ class Output:
             self.recorded, command.as_json = True, False
             print(json.dumps(_plain(record), allow_nan=False))
 
-    def error(self, line: str, status: int) -> int:
-        """Print an error, and give back the exit status."""
+    def error(self, line: str, status: int, *, shared: bool = True) -> int:
+        """Print an error, and give back the exit status; `shared` is what all ranks have."""
         if command.ending:  # and what goes wrong now is that files are gone
+            return status
+        command.leaving = status
+        if shared and not self.first:
             return status
         with contextlib.suppress(OSError):  # nobody is left to be told
             if sys.stderr is not None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..distributed import RankError
 from ..solvers.memory import told_as_too_large
-from . import bench, command, demo, info, plot, solve
+from . import bench, command, demo, info, plot, ranks, solve
 from .errors import BadInput, reason_of
 from .output import Output
 from .words import line_of
@@ -28,8 +29,9 @@ examples:
 functional-lstsq COMMAND --help has more, and the options of each.
 """
 _EXIT = """\
-exit status: 0 done, also where a reader of the output ends early; 1 no answer that can be vouched for; 2 bad input, or
-a result that cannot be written; 129, 130, 143 ended by SIGHUP, SIGINT (Ctrl-C), SIGTERM, without half a file"""
+exit status: 0 done, also where a reader of the output ends early; 1 no answer that can be vouched for, or another rank
+was lost; 2 bad input, or a result that cannot be written; 129, 130, 143 ended by SIGHUP, SIGINT (Ctrl-C), SIGTERM,
+without half a file"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,12 +56,15 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     # Until it is parsed, whatever looks like the option is.
-    out = Output(quiet="--quiet" in arguments or "-q" in arguments, json="--json" in arguments)
+    rank = ranks.rank()
+    out = Output(quiet="--quiet" in arguments or "-q" in arguments, json="--json" in arguments, rank=rank)
     try:
         options = _parser().parse_args(arguments)
         if options.quiet and options.json:  # one before the command, one behind it
             raise BadInput("argument --json: not allowed with argument -q/--quiet")
-        out = Output(quiet=options.quiet, json=options.json, colour=not options.no_color)
+        out = Output(quiet=options.quiet, json=options.json, colour=not options.no_color, rank=rank)
+        if ranks.are_many() and options.command != solve.NAME:
+            raise BadInput(f"{options.command} is for one process, and not for the ranks of torchrun")
         if out.file is None and not out.quiet:
             raise BadInput("standard output is closed, so that nothing could be told: add --quiet")
         with told_as_too_large():
@@ -73,12 +78,17 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return out.error("interrupted", 130)
     except torch.linalg.LinAlgError as error:
-        return out.error(line_of(error), 1)
+        return out.error(line_of(error), 1, shared=not isinstance(error, MemoryError))
     except OSError as error:  # of our own output: files have told theirs
         command.abandon(sys.stdout)
         return out.error(f"cannot write to standard output: {reason_of(error)}", 2)
-    except (BadInput, ValueError, TypeError, MemoryError, RuntimeError) as error:
+    except RankError as error:
+        return out.error(line_of(error), 1, shared=False)
+    except (BadInput, ValueError, TypeError) as error:
         return out.error(line_of(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        # What one rank finds on its own is told to all before it is raised, but for an end of memory.
+        return out.error(line_of(error), 2, shared=str(error).startswith("on rank "))
 
 
 def _parser() -> _Parser:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
 from .. import solve as solve_problem
+from . import ranks, sharded
 from .errors import BadInput
 from .files import Compact, compact, read_bound, read_matrix, read_right, read_weights
 from .output import Output, Progress, described, figures
@@ -28,6 +29,8 @@ EXAMPLES = """\
   functional-lstsq solve A.mtx b.mtx --lower 0 --upper u.mtx
   curl -s URL/A.tar.gz | functional-lstsq solve - -o - > x.mtx
   functional-lstsq solve A.mtx b.mtx --minimum-norm --json | jq .forward_error
+  torchrun --nproc-per-node 2 -m functional_lstsq solve A.mtx b.mtx -o x.mtx
+  torchrun --nproc-per-node 2 -m functional_lstsq solve 'A.part-*.npz' 'b.part-*.npy' -o x.mtx  # the parts of rows
 """
 LOSSES = {"cauchy": Cauchy, "huber": Huber}
 SOLVERS = ("auto", "dense", "direct", "cgls")
@@ -63,10 +66,13 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
         default="auto",
         help="residuals in twice double precision where it takes that (default), or always",
     )
+    sharded.add_arguments(job)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
-    """Read, solve, write, tell."""
+    """Read, solve, write, tell; on ranks, if there are any."""
+    if ranks.are_many():
+        return sharded.run(options, out)
     outputs = [options.output, options.gradient]
     inputs = [options.matrix, options.right, options.weights, options.lower, options.upper]
     check_outputs(inputs, outputs, json=options.json)

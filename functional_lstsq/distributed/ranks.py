@@ -63,6 +63,11 @@ class Ranks:
         """How many ranks there are."""
         return self.group.size()
 
+    @property
+    def rank(self) -> int:
+        """The place of this one among them, from 0."""
+        return dist.get_rank(self.group)
+
     def __str__(self) -> str:
         return f"rank {dist.get_rank()} of {self.size}"
 
@@ -91,6 +96,18 @@ class Ranks:
                 flat = torch.view_as_real(of_rank) if of_rank.is_complex() else of_rank
                 dist.broadcast(flat, group=self.group, group_src=rank)
             yield of_rank
+
+    def exchange(self, t: Tensor, sent: list[int], taken: list[int]) -> Tensor:
+        """What all ranks have for this one, in their order: of t, sent[0] numbers go to rank 0, and so on.
+
+        Args:
+            taken: how many numbers come from each rank.
+        """
+        result = t.new_empty(sum(taken))
+        with self._told_as_lost():
+            into, of = (torch.view_as_real(part) if part.is_complex() else part for part in (result, t))
+            dist.all_to_all_single(into, of, taken, sent, group=self.group)
+        return result
 
     @contextmanager
     def _told_as_lost(self) -> Iterator[None]:

@@ -1,0 +1,45 @@
+"""What tests/test_cli_ranks.py asks of the command line on several ranks: `spoken` for each command, in one group."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from sharded import start
+
+from functional_lstsq.cli import command, main
+
+
+def spoken(arguments):
+    """(status, standard output, standard error) of the command line, called in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    command.leaving = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    return status, out.getvalue(), err.getvalue()
+
+
+def speak(rank, size, folder, every):
+    """All commands on this rank of a group; what each gave is left in the folder."""
+    start(rank, size, folder, 60)
+    torch.set_default_dtype(torch.float32)
+    torch.save([spoken(arguments) for arguments in every], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def bytes_read(rank, size, folder, name):
+    """How many bytes this rank has read of a file, and how many entries it has in the end."""
+    from functional_lstsq.cli.shared_files import read_matrix
+    from functional_lstsq.distributed.ranks import Ranks
+
+    start(rank, size, folder, 60)
+    of_group = Ranks.of(None)
+
+    def count():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+
+    before = count()
+    held = read_matrix(name, of_group)
+    torch.save((count() - before, held.matrix.nnz, held.entries), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
