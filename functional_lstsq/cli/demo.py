@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import SparseMatrix, SparsePattern, eye, lstsq, solve, vstack
+from . import demo_ranks
+from .errors import BadInput
 from .output import Output, described, figures
 from .timing import warm_up
 
@@ -17,12 +19,16 @@ NAME, HELP = "demo", "make a levelling network, solve it, differentiate it, chec
 EXAMPLES = """\
   functional-lstsq demo
   functional-lstsq demo --json
+  functional-lstsq demo --ranks 2                      # rows on two processes, of which one is killed in the end
 """
 _SIDE = 150  # stations along one side of the larger network
 
 
 def add_arguments(job: argparse.ArgumentParser) -> None:
-    """`demo` takes none of its own."""
+    """What `demo` takes."""
+    job.add_argument(
+        "--ranks", type=int, metavar="N", help="the same answer from 1 and N processes, and how one is lost"
+    )
 
 
 def levelling_network(stations: int, lines: int, seed: int = 0) -> tuple[SparsePattern, Tensor, Tensor, Tensor]:
@@ -52,6 +58,10 @@ def levelling_network(stations: int, lines: int, seed: int = 0) -> tuple[SparseP
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Solve, differentiate, compare."""
+    if options.ranks is not None:
+        if not 2 <= options.ranks <= demo_ranks.MOST:
+            raise BadInput(f"argument --ranks: must be from 2 to {demo_ranks.MOST}, got {options.ranks}")
+        return demo_ranks.run(options.ranks, out)
     stations, lines = 500, 1500
     pattern, values, measured, weights = levelling_network(stations, lines)
     A = SparseMatrix(values, pattern)
