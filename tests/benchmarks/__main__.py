@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import growth
+import ranks
 from cases import CASES, Case
 from client import Client
 from compare import HEADER, compare, heading, markdown
@@ -31,14 +32,14 @@ _NOTE = (
 def main() -> None:
     """Everything that the arguments ask for."""
     arguments = _arguments()
-    names = [case.name for case in CASES] + [growth.ITERATION, growth.GROWTH]
+    names = [case.name for case in CASES] + [growth.ITERATION, growth.GROWTH, ranks.RANKS]
     names = [arguments.only] if arguments.only in names else [name for name in names if arguments.only in name]
     chosen = [case for case in CASES if case.name in names and (arguments.all or not case.large)]
-    extras = [name for name in (growth.ITERATION, growth.GROWTH) if name in names]
+    extras = [name for name in (growth.ITERATION, growth.GROWTH, ranks.RANKS) if name in names]
     if arguments.list:
         for case in CASES:
             print(f"{case.name}: {', '.join(case.peers + case.forward)}{' (--all)' if case.large else ''}")
-        print(growth.ITERATION, growth.GROWTH, sep="\n")
+        print(growth.ITERATION, growth.GROWTH, ranks.RANKS, sep="\n")
         return
     if not chosen and not extras:
         sys.exit(f"no case has {arguments.only!r} in its name; see --list and --all")
@@ -71,6 +72,8 @@ def _run(
         print("\n" + growth.iteration(clients["ours"], arguments.repeats, folder), flush=True)
     if growth.GROWTH in extras:
         print("\n" + growth.growth(clients["ours"], arguments.repeats, folder, arguments.plot), flush=True)
+    if ranks.RANKS in extras:
+        print("\n" + ranks.report(arguments.repeats), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
