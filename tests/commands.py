@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +28,16 @@ def speak(rank, size, folder, every):
     torch.set_default_dtype(torch.float32)
     torch.save([spoken(arguments) for arguments in every], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def as_rank(rank, size, folder, arguments, **how):
+    """The command line as a process that is started as torchrun starts one, but for the port, which is a given one."""
+    port = how.pop("port")
+    told = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    environment = {**os.environ, **{name: str(value) for name, value in told.items()}, "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = str(Path(command.__file__).parents[2])
+    line = [sys.executable, "-m", "functional_lstsq", *arguments]
+    return subprocess.Popen(line, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
 def bytes_read(rank, size, folder, name):

@@ -5,7 +5,7 @@
 - program: the parser, and how every error becomes one line and an exit status.
 - solve, info, plot, bench, demo: one command each.
 - ranks, sharded, shared_files: `solve` on the ranks that torchrun starts, and how they read files together.
-  demo_ranks: a demo that starts ranks of its own.
+  checkpoints: x of a long solve, to go on from. demo_ranks: a demo that starts ranks of its own.
 - sources, formats, content, matrix_market, market_header, boeing, tables, binary, mat_file, files, writing: what is
   read and written.
 - output, words, errors, timing: how a command speaks.

@@ -16,6 +16,7 @@ import torch
 from .. import CGLS, Auto, Dense, distributed
 from .. import solve as solve_problem
 from ..distributed.ranks import Ranks
+from .checkpoints import Checkpoint
 from .errors import BadInput
 from .output import Output, Progress, described, figures
 from .ranks import joined
@@ -35,6 +36,12 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
         "--timeout", type=float, metavar="S", default=600.0, help="seconds that ranks wait for another (default: 600)"
     )
 
+    job.add_argument("--checkpoint", metavar="FILE", help="on ranks: write x there now and then, while it is iterated")
+    job.add_argument("--every", type=float, metavar="S", default=300.0, help="seconds between two (default: 300)")
+    job.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint, if it is there; on any number of ranks"
+    )
+
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Read, solve, write, tell, as `solve` does in one process."""
@@ -43,8 +50,11 @@ def run(options: argparse.Namespace, out: Output) -> int:
             raise BadInput(f"argument --{name.replace('_', '-')}: not allowed on the ranks of torchrun")
     if options.solver not in _SOLVERS:
         raise BadInput(f"argument --solver: must be {', '.join(_SOLVERS)} on the ranks of torchrun")
-    if not options.timeout > 0:
-        raise BadInput(f"argument --timeout: must be above 0, got {options.timeout:g}")
+    for name, least in (("timeout", 0.0), ("every", -1.0)):
+        if not getattr(options, name) > least:
+            raise BadInput(f"argument --{name}: must be above {max(least, 0):g}, got {getattr(options, name):g}")
+    if options.resume and options.checkpoint is None:
+        raise BadInput("argument --resume: from which --checkpoint FILE?")
     with joined(options.timeout) as ranks:
         return _run(options, out, ranks)
 
@@ -56,7 +66,7 @@ def by_first(ranks: Ranks, work: Callable[[], object]) -> None:
 
 def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
     inputs = [options.matrix, options.right, options.weights]
-    by_first(ranks, lambda: check_outputs(inputs, [options.output], json=options.json))
+    by_first(ranks, lambda: check_outputs(inputs, [options.output, options.checkpoint], json=options.json))
     if options.output == STANDARD:
         out.beside()
     held = read_matrix(options.matrix, ranks)
@@ -79,10 +89,12 @@ def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
         return weights[:, 0], {}
 
     settings = {"damp": options.damp, "weights": ranks.checked(checked, _CPU), "refine": options.refine}
+    checkpoint = Checkpoint(options.checkpoint, options.every, ranks)
+    x0 = checkpoint.read((A.shape[1], *b.shape[1:]), torch.result_type(A.values, b)) if options.resume else None
     warm_up(solver, derivatives=False)
     start = time.perf_counter()
-    with Progress(out):
-        solution = solve_problem(A, b, solver=solver, **settings)
+    with Progress(out), checkpoint.written():
+        solution = solve_problem(A, b, solver=solver, x0=x0, **settings)
     told = figures(held.matrix, b, solution, time.perf_counter() - start)
     sizes = [torch.linalg.vector_norm(t).square() for t in (solution.residual, b)]
     residual, whole = ranks.sum(torch.stack(sizes)).sqrt().tolist()
@@ -92,11 +104,14 @@ def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
     if options.output:
         x = solution.x.reshape(A.shape[1], -1 if solution.x.ndim == 2 else 1).numpy()
         by_first(ranks, lambda: write(options.output, x))
-    asked = {"weights": options.weights, "damp": options.damp}
+    asked = {"weights": options.weights, "damp": options.damp, "checkpoint": options.checkpoint}
+    told["resumed"] = x0 is not None
     told_too = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     rows = [int(count) for count in np.diff(held.ends)]
     between = f"{min(rows)} to {max(rows)} rows on each"
     table = [*described(told, out), ("ranks", f"{ranks.size}, {between}")]
+    if options.resume:
+        table.append(("resumed", "from the checkpoint" if x0 is not None else "not: there was no checkpoint yet"))
     out.table(table + ([("asked for", told_too)] if told_too else []))
     out.record(command="solve", matrix=options.matrix, **told, **asked, solution=options.output, ranks=rows)
     return 0

@@ -73,6 +73,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
     """Read, solve, write, tell; on ranks, if there are any."""
     if ranks.are_many():
         return sharded.run(options, out)
+    if options.checkpoint or options.resume:
+        raise BadInput("argument --checkpoint: only on the ranks of torchrun")
     outputs = [options.output, options.gradient]
     inputs = [options.matrix, options.right, options.weights, options.lower, options.upper]
     check_outputs(inputs, outputs, json=options.json)

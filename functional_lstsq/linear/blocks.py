@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..result import Report
 from ..solvers.base import Factors
 from ..solvers.system import System
+from ..solvers.watching import seen_as
 from ..sparse.numerics import ldexp
 from .verdict import judge_range, settle
 
@@ -40,17 +42,24 @@ def solve_in_parts(
 ) -> tuple[Tensor, Tensor, Report]:
     """(r, x, report), some columns at a time, which bounds the memory."""
     copies, n, k = c.shape
-    parts, first = [], 0
+    parts: list[tuple[Tensor, Tensor, Report]] = []
+    first = 0
     while first < k:
         part = slice(first, first + _width(factors, copies * (system.A.height + n), k))
         told = None if known is None else known[:, :, part]
         rest = None if e is None else e[:, :, part]
-        parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, rest, asked))
+        with seen_as(partial(_beside, parts, c if known is None or known.shape[1] != n else known, part.stop)):
+            parts.append(_solve_block(system, factors, b[:, :, part], c[:, :, part], told, rest, asked))
         first = part.stop
     if len(parts) == 1:
         return parts[0]
     r, x = torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
     return r, x, Report(*(torch.cat(numbers, 1) for numbers in zip(*(part[2] for part in parts), strict=True)))
+
+
+def _beside(parts: list[tuple[Tensor, Tensor, Report]], start: Tensor, first: int, x: Tensor) -> Tensor:
+    """x of some columns, with those that are there already, and where those begin that come yet."""
+    return torch.cat([*[part[1] for part in parts], x, start[:, :, first:]], 2)
 
 
 def _width(factors: Factors, rows: int, columns: int) -> int:
@@ -81,8 +90,9 @@ def _solve_block(
         start, known = system.scaling.rescaled(known, -size, 1), None
         start = torch.where(start.isfinite(), start, 0.0)
     right = ldexp(b, -size), system.scaling.rescaled(c, -size, -1), start
-    found = factors.solve(*right, judged=asked.judged)
-    r, y, report = factors.reach(*right, found) if asked.reached else found
+    with seen_as(lambda y: system.scaling.rescaled(y, size, -1)):
+        found = factors.solve(*right, judged=asked.judged)
+        r, y, report = factors.reach(*right, found) if asked.reached else found
     zeros = system.A.largest(r) == 0, (y == 0).all(1)
     r, x = ldexp(r, size), system.scaling.rescaled(y, size, -1)
     for name, part, zero, rows in (("residual_error", r, zeros[0], system.A), ("solution_error", x, zeros[1], None)):

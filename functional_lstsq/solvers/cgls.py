@@ -30,6 +30,7 @@ from .refinement import ratio, refine
 from .single_precision import SINGLE_CONTRACTION
 from .stopped import Stopped
 from .system import System, check_number
+from .watching import iterate_shown
 
 _CONTRACTION = 0.05  # of its error that a correction may leave, after the first, which goes to the tolerance at once
 _BOUND = 1e-9  # relative rounding errors that need no residuals in extended precision
@@ -197,9 +198,11 @@ class Iteration(Factors):
         # damping |A| is far smaller than the largest singular value of [A; d].
         size = torch.minimum(self.certificate.largest, self.system.size)
         floor, slope = 10 * eps * norm(c / norms), 10 * eps * size
+        show = iterate_shown(c if tolerance == self.target else None)
 
         def goal(r: Tensor, y: Tensor, live: Tensor) -> Tensor:
             whole = y if start is None else start[:, :, live] + y
+            show(whole, live)
             return torch.maximum(limit * norm(weight * whole), slope * system.A.norm(r) + floor[:, live]).square()
 
         settings = self.settings

@@ -52,6 +52,7 @@ class _Watch:
 
 
 _watches: ContextVar[tuple[_Watch, ...]] = ContextVar("watches", default=())
+_iterates: ContextVar[Callable[[Tensor], object] | None] = ContextVar("iterates", default=None)
 _phase: ContextVar[str] = ContextVar("phase", default="solve")
 
 
@@ -64,6 +65,44 @@ def tell(error: float = math.nan, *, phase: str | None = None, total: int | None
     """One step more, or several."""
     for watch in _watches.get():
         watch.tell(phase or _phase.get(), error, total, count)
+
+
+@contextmanager
+def iterates(show: Callable[[Tensor], object]) -> Iterator[None]:
+    """Have `show` called with x (P, n, k) every few iterations of CGLS towards a solution, as far as it has come."""
+    with _shown_by(show):
+        yield
+
+
+@contextmanager
+def seen_as(of: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What is iterated within is `of` it to those who watch iterates: in other units, or with columns beside it."""
+    outer = _iterates.get()
+    with _shown_by(None if outer is None else lambda y: outer(of(y))):
+        yield
+
+
+@contextmanager
+def _shown_by(show: Callable[[Tensor], object] | None) -> Iterator[None]:
+    before = _iterates.set(show)
+    try:
+        yield
+    finally:
+        _iterates.reset(before)
+
+
+def iterate_shown(like: Tensor | None) -> Callable[[Tensor, Tensor], object]:
+    """Shows columns of an iterate like `like`, given with their numbers; nothing of None, for a run of corrections."""
+    show = _iterates.get()
+    if show is None or like is None:
+        return lambda columns, numbers: None
+    reached = torch.zeros_like(like)
+
+    def put(columns: Tensor, numbers: Tensor) -> None:
+        reached[:, :, numbers] = columns
+        show(reached)
+
+    return put
 
 
 def in_blocks(numbers: Tensor, size: int) -> Iterable[Tensor]:
