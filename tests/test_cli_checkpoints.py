@@ -40,7 +40,7 @@ def put_chain(folder, n):
 def chain(tmp_path_factory):
     """(folder, x, what the ranks gave) of a solve with checkpoints on two ranks."""
     folder = tmp_path_factory.mktemp("chain")
-    x = put_chain(folder, 600)
+    x = put_chain(folder, 300)
     every = ["solve", f"{folder}/A.mtx", f"{folder}/b.mtx", "--solver", "cgls", "--json"]
     (told, _), (other, _) = processes(
         2, tmp_path_factory.mktemp("two"),
@@ -83,15 +83,15 @@ def test_going_on_on_another_number_of_ranks(chain, tmp_path, size):
 def test_a_checkpoint_of_another_problem(chain, tmp_path):
     """One that fits is a start that is not used; one that does not fit is refused."""
     folder, x, _ = chain
-    scipy.io.mmwrite(tmp_path / "wild.mtx", 1e9 * np.random.default_rng(0).normal(size=(600, 1)), precision=17)
+    scipy.io.mmwrite(tmp_path / "wild.mtx", 1e9 * np.random.default_rng(0).normal(size=(300, 1)), precision=17)
     scipy.io.mmwrite(tmp_path / "short.mtx", np.ones((5, 1)))
-    scipy.io.mmwrite(tmp_path / "complex.mtx", 1j * np.ones((600, 1)))
+    scipy.io.mmwrite(tmp_path / "complex.mtx", 1j * np.ones((300, 1)))
     arguments = ["solve", f"{folder}/A.mtx", f"{folder}/b.mtx", "--solver", "cgls", "--resume"]
     every = [[*arguments, "--checkpoint", f"{tmp_path}/{name}.mtx"] for name in ("short", "complex")]
     every.append([*arguments, "--checkpoint", f"{tmp_path}/wild.mtx", "-o", f"{tmp_path}/x.mtx"])
     first, second = processes(2, tmp_path, *every)
     for (status, _, err), other, message in zip(
-        first, second, (r"x of \(5, 1\), wanted \(600, 1\)", "complex numbers, wanted real ones"), strict=False
+        first, second, (r"x of \(5, 1\), wanted \(300, 1\)", "complex numbers, wanted real ones"), strict=False
     ):
         assert (status, other) == (2, (2, "", ""))
         assert re.search(message, err)
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_problem(chain, tmp_path):
 
 
 def test_a_rank_is_killed_and_the_solve_goes_on(tmp_path):
-    x = put_chain(tmp_path, 4000)
+    x = put_chain(tmp_path, 3000)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
