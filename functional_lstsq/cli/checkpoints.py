@@ -42,7 +42,7 @@ class Checkpoint:
 
         def found() -> tuple[Tensor, dict]:
             x = torch.zeros(shape, dtype=dtype)
-            if self.ranks.rank or self.name is None or not Path(self.name).exists():
+            if self.ranks.place or self.name is None or not Path(self.name).exists():
                 return x, {}
             content = read(self.name)
             wanted = (shape[0], shape[1] if len(shape) == 2 else 1)
@@ -55,13 +55,13 @@ class Checkpoint:
             return torch.from_numpy(columns).to(dtype).reshape(shape), {}
 
         x = self.ranks.checked(found, torch.device("cpu"))
-        there = torch.tensor(bool(self.name and Path(self.name).exists() and not self.ranks.rank), dtype=torch.int64)
+        there = torch.tensor(bool(self.name and Path(self.name).exists() and not self.ranks.place), dtype=torch.int64)
         return self.ranks.sum(x) if int(self.ranks.max(there)) else None
 
     @contextmanager
     def written(self) -> Iterator[None]:
         """Write what is iterated within. What cannot be written is told, and does not end the solve."""
-        if self.name is None or self.ranks.rank:
+        if self.name is None or self.ranks.place:
             yield
             return
         last = time.monotonic()

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def by_first(ranks: Ranks, work: Callable[[], object]) -> None:
     """Have the first rank do something that is done once; what goes wrong is an error on all."""
-    ranks.checked(lambda: (None if ranks.rank else work(), {}), _CPU)
+    ranks.checked(lambda: (None if ranks.place else work(), {}), _CPU)
 
 
 def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:

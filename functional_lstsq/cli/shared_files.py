@@ -45,7 +45,7 @@ def read_matrix(name: str, ranks: Ranks) -> Held:
     if ends is None:
         ends = _even_ends(found, ranks)
         found = _to_owners(found, ends, ranks)
-    rank, n = ranks.rank, found.shape[1]
+    rank, n = ranks.place, found.shape[1]
     local = found._replace(shape=(int(ends[rank + 1] - ends[rank]), n), rows=found.rows - ends[rank])
     A = ranks.checked(lambda: (matrix_of(local), {}), _CPU)
     return Held(A, ends, int(ranks.sum(torch.tensor(A.nnz))))
@@ -54,7 +54,7 @@ def read_matrix(name: str, ranks: Ranks) -> Held:
 def read_columns(name: str, held: Held, matrix: str, ranks: Ranks) -> Tensor:
     """The columns of numbers (m_r, k) for this rank's rows of what was read from the file `matrix`."""
     found, _ = _share(name, ranks, lambda part: formats.read(part).as_columns())
-    (m, k), height, rank = found.shape, int(held.ends[-1]), ranks.rank
+    (m, k), height, rank = found.shape, int(held.ends[-1]), ranks.place
     if m != height:
         raise BadInput(f"{name} has {m} rows, {matrix} has {height}")
     if not k:
@@ -80,7 +80,7 @@ def _share(name: str, ranks: Ranks, read: Callable[[str], Content]) -> tuple[Con
 
 def _of_lines(name: str, ranks: Ranks) -> Content:
     def read() -> tuple[tuple[Header, np.ndarray], dict[str, object]]:
-        header, found = _lines_of(name, ranks.rank, ranks.size)
+        header, found = _lines_of(name, ranks.place, ranks.size)
         return (header, found), {f"the header of {name}": tuple(header)}
 
     header, found = ranks.checked(read, _CPU)
@@ -89,7 +89,7 @@ def _of_lines(name: str, ranks: Ranks) -> Content:
         few = matrix_market.too_few(sum(counts), header)
         many = f"it has {sum(counts)} entries, more than the {header.entries} that its size promises"
         raise BadInput(f"cannot read {name}: {few if sum(counts) < header.entries else many}")
-    return _without_zeros(matrix_market.matrix(header, found, sum(counts[: ranks.rank])))
+    return _without_zeros(matrix_market.matrix(header, found, sum(counts[: ranks.place])))
 
 
 def _lines_of(name: str, rank: int, size: int) -> tuple[Header, np.ndarray]:
@@ -169,7 +169,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _of_parts(name: str, names: list[str], ranks: Ranks, read: Callable[[str], Content]) -> tuple[Content, np.ndarray]:
-    mine = names[len(names) * ranks.rank // ranks.size : len(names) * (ranks.rank + 1) // ranks.size]
+    mine = names[len(names) * ranks.place // ranks.size : len(names) * (ranks.place + 1) // ranks.size]
     every = ranks.checked(lambda: ([_without_zeros(read(part)) for part in mine], {}), _CPU)
     widths = [part.shape[1] for part in every]
     width, is_complex = ranks.max(
@@ -185,7 +185,7 @@ def _of_parts(name: str, names: list[str], ranks: Ranks, read: Callable[[str], C
     ranks.checked(agreed, _CPU)
     heights = np.array([part.shape[0] for part in every], dtype=np.int64)
     ends = np.cumsum([0, *_from_each(int(heights.sum()), ranks)])
-    firsts = ends[ranks.rank] + np.cumsum(heights) - heights
+    firsts = ends[ranks.place] + np.cumsum(heights) - heights
     rows = [part.rows + first for part, first in zip(every, firsts, strict=True)]
     none = np.zeros(0, dtype=np.int64)
     values = np.concatenate([np.zeros(0, np.complex128 if is_complex else np.float64), *[p.values for p in every]])
@@ -211,7 +211,7 @@ def _without_zeros(found: Content) -> Content:
 def _from_each(number: int, ranks: Ranks) -> list[int]:
     """The number of each rank, on all of them."""
     every = torch.zeros(ranks.size, dtype=torch.int64)
-    every[ranks.rank] = number
+    every[ranks.place] = number
     return ranks.sum(every).tolist()
 
 
@@ -231,8 +231,8 @@ def _to_owners(found: Content, ends: np.ndarray, ranks: Ranks) -> Content:
     owner = np.searchsorted(ends[1:-1], found.rows, side="right")
     order, sent = np.argsort(owner, kind="stable"), np.bincount(owner, minlength=ranks.size)
     table = torch.zeros((ranks.size, ranks.size), dtype=torch.int64)
-    table[ranks.rank] = torch.from_numpy(sent)
-    taken = ranks.sum(table)[:, ranks.rank].tolist()
+    table[ranks.place] = torch.from_numpy(sent)
+    taken = ranks.sum(table)[:, ranks.place].tolist()
     rows, columns, values = (
         ranks.exchange(torch.from_numpy(part[order]), sent.tolist(), taken).numpy()
         for part in (found.rows, found.columns, found.values)

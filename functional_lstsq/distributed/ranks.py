@@ -64,9 +64,9 @@ class Ranks:
         return self.group.size()
 
     @property
-    def rank(self) -> int:
-        """The place of this one among them, from 0."""
-        return dist.get_rank(self.group)
+    def place(self) -> int:
+        """Which of them this one is, from 0."""
+        return self.group.rank()
 
     def __str__(self) -> str:
         return f"rank {dist.get_rank()} of {self.size}"
