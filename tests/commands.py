@@ -23,10 +23,11 @@ def spoken(arguments):
 
 
 def speak(rank, size, folder, every):
-    """All commands on this rank of a group; what each gave is left in the folder."""
+    """All commands on this rank of a group, by its number where they name it; what each gave is left in the folder."""
     start(rank, size, folder, 60)
     torch.set_default_dtype(torch.float32)
-    torch.save([spoken(arguments) for arguments in every], f"{folder}/{rank}.pt")
+    named = [[argument.replace("{rank}", str(rank)) for argument in arguments] for arguments in every]
+    torch.save([spoken(arguments) for arguments in named], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -71,6 +71,10 @@ def folder(tmp_path_factory):
     (folder / "ends.mtx").write_text("\n".join(text[:-5]) + "\n")
     (folder / "more.mtx").write_text("\n".join([*text, "1 1 2.0", "1 2 2.0"]) + "\n")
     (folder / "endless.mtx").write_bytes("\n".join(text[:-1]).encode() + b"\n" + b"1" * 2**22)
+    for rank in range(3):  # as of machines that share no disk
+        (folder / f"own{rank}.mtx").write_text("\n".join(text))
+        (folder / f"other{rank}.mtx").write_bytes((folder / f"{'twice' if rank == 1 else 'A'}.mtx").read_bytes())
+    (folder / "own1.mtx").unlink()
     (folder / "parts").mkdir()
     rows = A.tocsr()
     for k, (first, last) in enumerate([(0, 5), (5, 5), (5, 47), (47, m)]):
@@ -112,6 +116,14 @@ WHOLE = {  # name: (on ranks, what one process is asked for; None for the same)
 }
 REFUSED = {  # name: (arguments, message, status)
     "no file": (["@none.mtx"], "none.mtx: no such file or directory", 2),
+    "no file on one rank": (["@own{rank}.mtx"], "on rank 1: cannot read .*own1.mtx: no such file or directory$", 2),
+    "another file on one rank": (
+        ["@other{rank}.mtx"],
+        "what the first lines of the file say must be the same on all ranks",
+        2,
+    ),
+    "checkpoint to a pipe": (["@A.mtx", "--checkpoint", "-"], "--checkpoint: must be a file", 2),
+    "resume from nothing": (["@A.mtx", "--resume"], "--resume: from which --checkpoint FILE", 2),
     "another size": (["@A.mtx", "@short.mtx"], "short.mtx has 5 rows, .*A.mtx has 61", 2),
     "NaN": (["@nan.mtx"], "on rank .: cannot read .*nan.mtx, line .*: value must be finite, got 'nan'", 2),
     "a row too far": (["@far.mtx"], "far.mtx, line .*: a row must lie between 1 and 61", 2),
@@ -203,6 +215,22 @@ def test_no_rank_reads_all(tmp_path):
         assert read < size / 3 + 2**22  # besides buffers, and messages of the group
         assert read < 0.6 * size
         assert abs(held - entries / 3) < 0.01 * entries
+
+
+@pytest.fixture
+def rank_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("rank_of_one")
+@pytest.mark.parametrize("command", ["info", "plot", "bench", "demo"])
+def test_other_commands_are_for_one_process(folder, command):
+    given = [f"{folder}/A.mtx"] * (command in ("info", "plot")) + ["-o", f"{folder}/p.png"] * (command == "plot")
+    status, out, err = spoken([command, *given])
+    assert (status, out) == (2, "")
+    assert err == f"functional_lstsq: {command} is for one process, and not for the ranks of torchrun\n"
 
 
 def test_torchrun(folder, tmp_path):

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from ..distributed.ranks import Ranks
-from .errors import BadInput, reason_of
+from ..distributed.ranks import RankError, Ranks
+from .errors import reason_of
 
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, in the environment
 
@@ -37,7 +37,7 @@ def joined(seconds: float) -> Iterator[Ranks]:
     try:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
-        raise BadInput(f"the ranks did not come together: {reason_of(error)}") from None
+        raise RankError(f"the ranks did not come together: {reason_of(error)}") from None
     try:
         yield Ranks.of(None)
     finally:

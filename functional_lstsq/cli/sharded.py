@@ -53,6 +53,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
     for name, least in (("timeout", 0.0), ("every", -1.0)):
         if not getattr(options, name) > least:
             raise BadInput(f"argument --{name}: must be above {max(least, 0):g}, got {getattr(options, name):g}")
+    if options.checkpoint == STANDARD:
+        raise BadInput("argument --checkpoint: must be a file")
     if options.resume and options.checkpoint is None:
         raise BadInput("argument --resume: from which --checkpoint FILE?")
     with joined(options.timeout) as ranks:

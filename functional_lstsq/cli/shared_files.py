@@ -71,7 +71,9 @@ def read_columns(name: str, held: Held, matrix: str, ranks: Ranks) -> Tensor:
 
 def _share(name: str, ranks: Ranks, read: Callable[[str], Content]) -> tuple[Content, np.ndarray | None]:
     """(entries of all rows that this rank has read, where the rows of each rank begin if it keeps what it has read)."""
-    names = ranks.checked(lambda: (found := _parts(name), {f"the parts of {name}": found}), _CPU)
+    names = ranks.checked(
+        lambda: (found := _parts(name), {"the files of parts": [Path(part).name for part in found]}), _CPU
+    )
     return _of_parts(name, names, ranks, read) if names else (_of_lines(name, ranks), None)
 
 
@@ -81,7 +83,7 @@ def _share(name: str, ranks: Ranks, read: Callable[[str], Content]) -> tuple[Con
 def _of_lines(name: str, ranks: Ranks) -> Content:
     def read() -> tuple[tuple[Header, np.ndarray], dict[str, object]]:
         header, found = _lines_of(name, ranks.place, ranks.size)
-        return (header, found), {f"the header of {name}": tuple(header)}
+        return (header, found), {"what the first lines of the file say": tuple(header)}
 
     header, found = ranks.checked(read, _CPU)
     counts = _from_each(len(found), ranks)

@@ -1,4 +1,10 @@
-"""Solve min |W^(1/2) (A x - b)|^2 + D^2 |x|^2 for a matrix in Matrix Market format, and say how right it is."""
+"""Solve min |W^(1/2) (A x - b)|^2 + D^2 |x|^2 for a matrix in Matrix Market format, and say how right it is.
+
+On the ranks of torchrun each reads its own rows: some of the lines of a Matrix Market file that is not compressed, in
+any order, or some of the files A.part-0.npz, A.part-1.npz and so on, of any format, which hold the rows in parts and
+are given as their folder or as 'A.part-*.npz', in quotes. The first rank writes x. What goes wrong on any of them is
+one error, and one exit status of all; torchrun itself ends with 1 then.
+"""
 
 from __future__ import annotations
 
