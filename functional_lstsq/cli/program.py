@@ -25,6 +25,7 @@ examples:
   functional-lstsq demo
   functional-lstsq info A.mtx.gz
   functional-lstsq solve A.mtx.gz b.mtx -o x.mtx
+  torchrun --nproc-per-node 2 -m functional_lstsq solve A.mtx b.mtx -o x.mtx  # each rank has some of the rows
 
 functional-lstsq COMMAND --help has more, and the options of each.
 """
