@@ -144,7 +144,7 @@ REFUSED = {  # name: (arguments, message, status)
     "gradient": (["@A.mtx", "--gradient", "@G.mtx"], "--gradient: not allowed on the ranks of torchrun", 2),
     "bounds": (["@A.mtx", "--nonnegative"], "--nonnegative: not allowed on the ranks of torchrun", 2),
     "Direct": (["@A.mtx", "--solver", "direct"], "--solver: must be auto, dense, cgls on the ranks of torchrun", 2),
-    "no timeout": (["@A.mtx", "--timeout", "0"], "--timeout: must be above 0, got 0", 2),
+    "no timeout": (["@A.mtx", "--timeout", "0"], "--timeout: must be positive, got 0", 2),
     "no full rank": (["@Deficient.mtx"], "rank 1, not full rank 2", 1),
     "negative damp": (["@A.mtx", "--damp", "-1"], "damp must not be negative", 2),
 }

@@ -50,9 +50,10 @@ def run(options: argparse.Namespace, out: Output) -> int:
             raise BadInput(f"argument --{name.replace('_', '-')}: not allowed on the ranks of torchrun")
     if options.solver not in _SOLVERS:
         raise BadInput(f"argument --solver: must be {', '.join(_SOLVERS)} on the ranks of torchrun")
-    for name, least in (("timeout", 0.0), ("every", -1.0)):
-        if not getattr(options, name) > least:
-            raise BadInput(f"argument --{name}: must be above {max(least, 0):g}, got {getattr(options, name):g}")
+    if not options.timeout > 0:
+        raise BadInput(f"argument --timeout: must be positive, got {options.timeout:g}")
+    if not options.every >= 0:
+        raise BadInput(f"argument --every: must not be negative, got {options.every:g}")
     if options.checkpoint == STANDARD:
         raise BadInput("argument --checkpoint: must be a file")
     if options.resume and options.checkpoint is None:
