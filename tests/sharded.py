@@ -17,16 +17,28 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 import functional_lstsq as fl
 
-SPLITS = {"even": lambda m: (0, m // 2, m), "of one row and of none": lambda m: (0, m - 1, m, m)}
+SPLITS = {
+    "even": lambda m: (0, m // 2, m),
+    "one": lambda m: (0, m),
+    "of one row and of none": lambda m: (0, m - 1, m, m),
+    "four": lambda m: (0, 1, 1, m // 3, m),
+}
 CGLS = fl.CGLS(tolerance=1e-14)
 SOLVERS = {"auto": None, "dense": fl.Dense(), "cgls": CGLS}
 
 
-class Place:
-    """Rows first to last of a problem, in the group of all ranks; without a group all of them, in one process."""
+def multiplied(A, x):
+    return A.matmul(x)
 
-    def __init__(self, split=None, *, m=40, n=8, seed=1, **options):
-        self.alone, self.m = split is None, m
+
+class Place:
+    """Rows first to last of a problem, in the group of all ranks; without a group all of them, in one process.
+
+    `by_products`: as operators.
+    """
+
+    def __init__(self, split=None, *, m=40, n=8, seed=1, by_products=False, **options):
+        self.alone, self.m, self.by_products = split is None, m, by_products
         pattern, values, b = options.pop("given", None) or problem(m, n, seed=seed, **options)
         rank = 0 if self.alone else dist.get_rank()
         self.first, self.last = (0, m) if self.alone else SPLITS[split](m)[rank : rank + 2]
@@ -47,7 +59,13 @@ class Place:
 
     def matrix(self, values):
         A = fl.SparseMatrix(values, self.pattern)
+        A = fl.LinearOperator(multiplied, A, self.pattern.shape[1]) if self.by_products else A
         return A if self.alone else fl.distributed.shard_rows(A)
+
+    def entries_of(self, A):
+        """The values of this rank's rows of A, which may be a gradient by a matrix."""
+        rows = A if self.alone else A.rows
+        return rows.params.values if self.by_products else rows.values
 
     def total(self, t):
         return t if self.alone else fl.distributed.total(t)
@@ -69,18 +87,20 @@ def weighted_columns(place):
     return {"same": [found.x], "rows": [found.residual]}
 
 
-def vmap_over_b(place):
+def vmap_over_b(place, solver=None):
+    lstsq = partial(fl.lstsq, solver=solver)
     B = torch.stack([place.b, place.b.cos(), place.b.exp()])
-    x = torch.vmap(lambda b: fl.lstsq(place.A, b))(B)
-    by_b = torch.vmap(grad(lambda b: fl.lstsq(place.A, b).sin().sum()))(B)
-    by_A = torch.vmap(grad(lambda v, b: fl.lstsq(place.matrix(v), b).sin().sum()), (None, 0))(place.values, B)
+    x = torch.vmap(lambda b: lstsq(place.A, b))(B)
+    by_b = torch.vmap(grad(lambda b: lstsq(place.A, b).sin().sum()))(B)
+    by_A = torch.vmap(grad(lambda v, b: lstsq(place.matrix(v), b).sin().sum()), (None, 0))(place.values, B)
     return {"same": [x], "rows": [by_b.T], "entries": [by_A.T]}
 
 
-def vmap_over_values(place):
+def vmap_over_values(place, solver=None):
+    lstsq = partial(fl.lstsq, solver=solver)
     V = torch.stack([place.values, place.values + 0.1 * place.entries(5)])
-    x = torch.vmap(lambda v: fl.lstsq(place.matrix(v), place.b))(V)
-    return {"same": [x], "entries": [torch.vmap(grad(lambda v: fl.lstsq(place.matrix(v), place.b).exp().sum()))(V).T]}
+    x = torch.vmap(lambda v: lstsq(place.matrix(v), place.b))(V)
+    return {"same": [x], "entries": [torch.vmap(grad(lambda v: lstsq(place.matrix(v), place.b).exp().sum()))(V).T]}
 
 
 def loss(place, solver, A, b, weights, damp):
@@ -96,7 +116,7 @@ def arguments(place, damp):
 
 def gradient(place, solver, damp):
     by_A, by_b, by_weights, by_damp = grad(partial(loss, place, solver), (0, 1, 2, 3))(*arguments(place, damp))
-    return {"same": [by_damp], "rows": [by_b, by_weights], "entries": [by_A.values]}
+    return {"same": [by_damp], "rows": [by_b, by_weights], "entries": [place.entries_of(by_A)]}
 
 
 def directions(place):
@@ -104,40 +124,44 @@ def directions(place):
     return dA, place.rows(normal(place.m, seed=4)), place.rows(normal(place.m, seed=5)), torch.tensor(0.7)
 
 
-def tangent(place):
+def tangent(place, solver=None):
     def both(*given):
-        found = fl.solve(given[0], given[1], weights=given[2], damp=given[3])
+        found = fl.solve(given[0], given[1], weights=given[2], damp=given[3], solver=solver)
         return found.x, found.residual
 
     x_dot, residual_dot = jvp(both, arguments(place, "one"), directions(place))[1]
     return {"same": [x_dot], "rows": [residual_dot]}
 
 
-def jacobian_by_values(place):
-    of_x = jacrev(fl.lstsq, (0, 1))(place.A, place.b)
-    return {"entries": [of_x[0].values.T], "rows": [of_x[1].T]}
+def jacobian_by_values(place, solver=None):
+    of_x = jacrev(partial(fl.lstsq, solver=solver), (0, 1))(place.A, place.b)
+    return {"entries": [place.entries_of(of_x[0]).T], "rows": [of_x[1].T]}
 
 
-def second_along_a_direction(place):
+def second_along_a_direction(place, solver="auto"):
     """Of all arguments at once: forward over reverse, and reverse over reverse."""
-    by_all = grad(partial(loss, place, "auto"), (0, 1, 2, 3))
+    by_all = grad(partial(loss, place, solver), (0, 1, 2, 3))
     given, along = arguments(place, "one"), directions(place)
     forward = jvp(by_all, given, along)[1]
 
     def slope(*given):
         found = by_all(*given)
-        own = (found[0].values * along[0].values).sum() + (found[1] * along[1]).sum() + (found[2] * along[2]).sum()
+        own = (
+            (place.entries_of(found[0]) * place.entries_of(along[0])).sum()
+            + (found[1] * along[1]).sum()
+            + (found[2] * along[2]).sum()
+        )
         return place.total(own) + found[3] * along[3]
 
     reverse = grad(slope, (0, 1, 2, 3))(*given)
     return {
         "same": [forward[3], reverse[3]],
         "rows": [forward[1], forward[2], reverse[1], reverse[2]],
-        "entries": [forward[0].values, reverse[0].values],
+        "entries": [place.entries_of(forward[0]), place.entries_of(reverse[0])],
     }
 
 
-def of_parameters(place):
+def of_parameters(place, solver="dense"):
     """A scalar of four parameters that make values, b, weights and damp."""
 
     of_entries, (of_b, of_weights) = place.entries(3), (place.rows(normal(place.m, seed=seed)) for seed in (4, 6))
@@ -145,13 +169,13 @@ def of_parameters(place):
     def function(theta):
         mine = place.shared(theta)
         A, b = place.matrix(place.values * (1 + mine[0] * of_entries)), place.b + mine[1].sin() * of_b
-        return loss(place, "dense", A, b, place.weights * mine[2].exp() + 0.1 * of_weights.abs() * mine[2], theta[3])
+        return loss(place, solver, A, b, place.weights * mine[2].exp() + 0.1 * of_weights.abs() * mine[2], theta[3])
 
     return function, torch.tensor([0.1, 0.2, 0.3, 0.4])
 
 
-def hessians(place):
-    function, theta = of_parameters(place)
+def hessians(place, solver="dense"):
+    function, theta = of_parameters(place, solver)
     mixes = (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f)))
     return {"same": [mix(function)(theta) for mix in mixes]}
 
@@ -169,27 +193,29 @@ def autograd(place):
 
 def products(place):
     X, Y = normal(8, 2, seed=7), place.rows(normal(place.m, 2, seed=8))
-    adjoint = place.A.H.matmul if place.alone else place.A.adjoint
+
+    def adjoint(A, Y):
+        return A.H.matmul(Y) if place.alone else A.adjoint(Y)
 
     def function(A, X, Y):
-        back = (A.H.matmul if place.alone else A.adjoint)(Y)
+        back = adjoint(A, Y)
         return place.total(A.matmul(X).sin().sum()) + back.cos().sum()
 
     by_A, by_X, by_Y = grad(function, (0, 1, 2))(place.A, X, Y)
-    return {"same": [adjoint(Y), by_X], "rows": [place.A @ X, by_Y], "entries": [by_A.values]}
+    return {"same": [adjoint(place.A, Y), by_X], "rows": [place.A @ X, by_Y], "entries": [place.entries_of(by_A)]}
 
 
 def of_dtype(place):
     found = fl.solve(place.A, place.b)
     by_A, by_b = grad(lambda A, b: fl.lstsq(A, b).abs().square().sum(), (0, 1))(place.A, place.b)
-    return {"same": [found.x], "rows": [found.residual, by_b], "entries": [by_A.values]}
+    return {"same": [found.x], "rows": [found.residual, by_b], "entries": [place.entries_of(by_A)]}
 
 
 def of_a_small_residual(place):
     """In single precision, where rounding of the cotangent 2 r would be magnified."""
     given = place.A, place.b
     by_A, by_b = grad(lambda A, b: place.total(fl.solve(A, b).residual.square().sum()), (0, 1))(*given)
-    return {"rows": [by_b], "entries": [by_A.values]}
+    return {"rows": [by_b], "entries": [place.entries_of(by_A)]}
 
 
 def ill_conditioned_gradient(place):
@@ -201,7 +227,7 @@ def ill_conditioned_gradient(place):
 
 def wide(place):
     by_A, by_damp = grad(lambda A, d: fl.lstsq(A, place.b, damp=d).sin().sum(), (0, 1))(place.A, torch.tensor(0.5))
-    return {"same": [fl.lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [by_A.values]}
+    return {"same": [fl.lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [place.entries_of(by_A)]}
 
 
 def ill_conditioned(place):
@@ -215,6 +241,38 @@ def many_columns(place):
     found = fl.solve(place.A, place.b)
     assert place.alone or found.info.method == "cgls"
     return {"same": [found.x], "rows": [found.residual]}
+
+
+def cosines(params, x):
+    """A row of cosines for each number of t."""
+    theta, t = params
+    return torch.cos(theta * t[:, None]) @ x
+
+
+def of_shared_parameters(place):
+    """A matrix whose parameters are the same on all ranks, beside numbers of each rank's own rows."""
+    t, frequencies = place.rows(torch.linspace(0, 3, place.m)), torch.linspace(0.5, 4, 5)
+
+    def function(theta):
+        A = fl.LinearOperator(cosines, (place.shared(theta), t), 5)
+        found = fl.solve(A if place.alone else fl.distributed.shard_rows(A), place.b, damp=0.1, solver=CGLS)
+        return found.x.sin().sum() + place.total(found.residual.square().sum())
+
+    return {"same": [grad(function)(frequencies), jacfwd(function)(frequencies), hessian(function)(frequencies)]}
+
+
+def of_trees(place):
+    """x and b in parts, and a matvec without parameters, which does not depend on x on a rank without rows."""
+    t = place.rows(torch.linspace(0, 3, place.m))
+
+    def line(t, x):
+        return {"y": x["slope"] * t + x["offset"] if len(t) else torch.zeros(0)}
+
+    A = fl.LinearOperator(line, t, {"slope": torch.zeros(()), "offset": torch.zeros(())})
+    A = A if place.alone else fl.distributed.shard_rows(A)
+    found = fl.solve(A, {"y": place.b}, solver=CGLS)
+    by_b = grad(lambda b: fl.lstsq(A, {"y": b}, solver=CGLS)["slope"].sin())(place.b)
+    return {"same": [found.x["slope"], found.x["offset"]], "rows": [found.residual["y"], by_b]}
 
 
 def large_numbers(place):
@@ -244,6 +302,26 @@ CASES = {  # name: (case, what the problem is)
     "third derivative": (third, {}),
     "autograd": (autograd, {}),
     "products": (products, {}),
+    **{
+        f"operator, {name}": (partial(case, **given), {"by_products": True})
+        for name, case, given in [
+            ("solve", solution, {"solver": "cgls"}),
+            ("gradient, one damp", gradient, {"solver": "cgls", "damp": "one"}),
+            ("gradient, each damp", gradient, {"solver": "cgls", "damp": "each"}),
+            ("weighted columns", weighted_columns, {}),
+            ("vmap over b", vmap_over_b, {"solver": CGLS}),
+            ("vmap over values", vmap_over_values, {"solver": CGLS}),
+            ("jvp", tangent, {"solver": CGLS}),
+            ("jacrev by values and b", jacobian_by_values, {"solver": CGLS}),
+            ("second derivatives by all", second_along_a_direction, {"solver": "cgls"}),
+            ("hessians", hessians, {"solver": "cgls"}),
+            ("products", products, {}),
+        ]
+    },
+    "operator, complex128": (of_dtype, {"by_products": True, "dtype": torch.complex128}),
+    "operator, float32": (of_dtype, {"by_products": True, "dtype": torch.float32}),
+    "operator, shared parameters": (of_shared_parameters, {}),
+    "operator, trees": (of_trees, {}),
     "complex128": (of_dtype, {"dtype": torch.complex128}),
     "float32": (of_dtype, {"dtype": torch.float32}),
     "float32, of the residual": (of_a_small_residual, {"dtype": torch.float32}),
@@ -280,6 +358,8 @@ def work(rank, size, folder, split):
         except (RuntimeError, TypeError, ValueError) as error:
             found[name] = type(error).__name__, str(error)
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def of_rank(rank, one, other):
@@ -295,7 +375,22 @@ def _refusals(rank):
     twice = torch.arange(2 * m)
     twice = fl.SparseMatrix(torch.ones(2 * m), fl.SparsePattern(torch.stack([twice // 2, twice % 2]), (m, 2)))
     deficient = fl.distributed.shard_rows(twice)
-    differ = partial(of_rank, rank)
+    differ, by_products = partial(of_rank, rank), Place("even", by_products=True).A
+    calls = []
+
+    def failing(A, x):
+        calls.append(x)
+        if len(calls) > 2:
+            raise RuntimeError("of this rank alone")
+        return A.matmul(x)
+
+    def bent(A, x):
+        return A.matmul(x) + 0.1 * A.matmul(x).square()
+
+    def operator(matvec, factor=1.0, rmatvec=None):
+        rows = fl.SparseMatrix(place.values * factor, place.pattern)
+        return fl.distributed.shard_rows(fl.LinearOperator(matvec, rows, 8, rmatvec=rmatvec))
+
     return {
         "NaN in b": lambda: fl.lstsq(A, differ(bad, b)),
         "NaN in A": lambda: fl.lstsq(place.matrix(place.values * differ(torch.nan, 1.0)), b),
@@ -317,12 +412,22 @@ def _refusals(rank):
         )(A),
         "bounds": lambda: fl.lstsq(A, b, bounds=(0, 1)),
         "robust": lambda: fl.lstsq(A, b, robust=fl.Huber()),
-        "minimum_norm": lambda: fl.lstsq(A, b, rank_deficient="minimum_norm"),
         "Direct": lambda: fl.lstsq(A, b, solver=fl.Direct()),
         "a preconditioner": lambda: fl.lstsq(A, b, solver=fl.CGLS(preconditioner=lambda g: g)),
         "a callback": lambda: fl.lstsq(A, b, solver=fl.CGLS(callback=print)),
         "factorize": lambda: fl.factorize(A),
         "wide": lambda: fl.lstsq(Place("even", m=6).A, b[:3]),
+        "an operator and entries": lambda: fl.distributed.shard_rows(differ(by_products.rows, A.rows)),
+        "a matvec that fails": lambda: fl.lstsq(operator(differ(failing, multiplied)), b),
+        "a matvec that is not linear": lambda: fl.lstsq(operator(differ(bent, multiplied)), b),
+        "an rmatvec of another matrix": lambda: fl.lstsq(
+            operator(multiplied, rmatvec=lambda A, y: A.H.matmul(y) * differ(1.5, 1.0)), b
+        ),
+        "NaN in params": lambda: fl.lstsq(operator(multiplied, differ(torch.nan, 1.0)), b),
+        "Dense of an operator": lambda: fl.lstsq(by_products, b, solver=fl.Dense()),
+        "infinite weights of an operator": lambda: fl.lstsq(
+            by_products, b, weights=place.weights + differ(torch.inf, 0.0)
+        ),
         "no full rank": lambda: fl.lstsq(deficient, b),
         "no full rank by CGLS": lambda: fl.lstsq(deficient, b, solver=fl.CGLS()),
         "a total of integers": lambda: fl.distributed.total(torch.ones(2, dtype=torch.int64)),

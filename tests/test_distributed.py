@@ -51,11 +51,11 @@ def alone():
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("split", ["even", pytest.param("of one row and of none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", ["even", *(pytest.param(s, marks=pytest.mark.slow) for s in SPLITS if s != "even")])
 def test_as_in_one_process(on_ranks, alone, split, name):
     (want, whole), got = alone(name), [found[name] for found in on_ranks(split)]
     assert not any(isinstance(of_rank, str) for of_rank in got), got
-    tolerance = 1e-6 if name.startswith("float32") else 1e-10
+    tolerance = 1e-6 if "float32" in name else 1e-10
     for of_rank in got[1:]:
         for kind in ("same", "info"):
             for one, other in zip(got[0].get(kind, ()), of_rank.get(kind, ()), strict=True):
@@ -96,21 +96,30 @@ REFUSALS = {  # name: (what is raised, words of the message)
     "another dtype of A": (ValueError, "the dtype of A must be the same on all ranks, got torch.float64 on rank 0"),
     "no matrix": (
         TypeError,
-        "on rank 1: A must be a SparseMatrix or a torch sparse tensor of this rank's rows, got Tensor",
+        "on rank 1: A must be a SparseMatrix, a LinearOperator or a torch sparse tensor of this rank's rows, got Ten",
     ),
-    "another solver": (ValueError, "solver, refine and rank_tolerance must be the same on all ranks"),
+    "another solver": (ValueError, "solver, refine, rank_deficient and rank_tolerance must be the same on all ranks"),
     "another damp": (ValueError, "damp must be the same on all ranks"),
     "another x0": (ValueError, "x0 must be the same on all ranks"),
     "x that is not shared": (ValueError, "the cotangent of x, which is shared"),
     "NaN from a loss": (ValueError, "what came in for a derivative holds NaN or infinity"),
     "bounds": (ValueError, "a sharded matrix allows no bounds, got (0, 1)"),
     "robust": (ValueError, "a sharded matrix allows no robust"),
-    "minimum_norm": (ValueError, "rank_deficient must be 'raise' for a sharded matrix, got 'minimum_norm'"),
     "Direct": (TypeError, "solver must be Auto(), Dense(), CGLS() or None for a sharded matrix, got Direct("),
     "a preconditioner": (ValueError, "a sharded matrix allows no preconditioner of CGLS"),
     "a callback": (ValueError, "a sharded matrix allows no callback of CGLS"),
     "factorize": (TypeError, "A must be a SparseMatrix or a torch sparse tensor, got ShardedMatrix"),
-    "wide": (ValueError, "a sharded matrix with fewer rows than columns needs damp, got shape (6, 8)"),
+    "wide": (
+        ValueError,
+        "a sharded matrix with fewer rows than columns needs damp, or rank_deficient='minimum_norm', got shape (6, 8)",
+    ),
+    "an operator and entries": (ValueError, "whether A is a LinearOperator must be the same on all ranks"),
+    "a matvec that fails": (RuntimeError, "on rank 1: of this rank alone"),
+    "a matvec that is not linear": (ValueError, "matvec must be linear, got a relative difference of"),
+    "an rmatvec of another matrix": (ValueError, "rmatvec must be the adjoint of matvec, got a relative difference"),
+    "NaN in params": (ValueError, "on rank 1: A must be finite, got NaN in it"),
+    "Dense of an operator": (TypeError, "solver must be CGLS() or None for a LinearOperator, got Dense("),
+    "infinite weights of an operator": (ValueError, "on rank 1: weights must be finite"),
     "no full rank": (fl.RankDeficientError, "has rank 1, not full rank 2"),
     "no full rank by CGLS": (fl.RankDeficientError, "has rank below 2, not full rank 2"),
     "a total of integers": (TypeError, "t must be a floating or complex dense tensor, got torch.int64"),

@@ -4,7 +4,9 @@ Each rank has its own rows of A, b, weights and the residual; x, damp and `info`
 bit. All ranks run the same program.
 
 - matrix: `ShardedMatrix`, the matrix that `shard_rows` makes of the rows of each rank.
-- solve: the primitive over ranks, with its rules; what `lstsq` and `solve` are asked of a sharded matrix, checked.
+- solve: what `lstsq` and `solve` are asked of a sharded matrix, checked.
+- sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
+- agreement: what all ranks hold against each other before and after a solve.
 - products: `Products` over ranks, all that solvers ask of the matrix.
 - collectives: the primitives `total` and `shared`, the sum over ranks and its adjoint.
 - ranks: a group of torch.distributed: sums, agreement on what must be the same, and errors that all ranks raise.

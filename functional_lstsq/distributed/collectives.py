@@ -10,6 +10,7 @@ these as psum and pbroadcast, of shard_map.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,20 @@ def total_of(t: Tensor, group: str) -> Tensor:
 def shared_by(t: Tensor, group: str) -> Tensor:
     """`shared`, by the name of the group."""
     return _Shared.apply(Ranks(group), t)
+
+
+def zero_of(leaves: Sequence[Tensor], X: Tensor) -> Tensor:
+    """Zeros (P, 1, k) that depend on X (P, rows, k) and on leaves (P, ...) as any product of a matrix of them may.
+
+    Ranks whose products depend on less than those of others would not take part in sums of derivatives, to any order:
+    this is exp(sum of leaves) X, of no numbers of each.
+    """
+    exponent = X[:, :0, 0].real
+    for leaf in leaves:
+        if leaf.is_floating_point() or leaf.is_complex():
+            real = leaf.real if leaf.is_complex() else leaf
+            exponent = exponent + real[:, None].flatten(1)[:, :0].to(exponent.dtype)
+    return (exponent.exp()[:, :, None] * X[:, :0]).sum(1, keepdim=True)
 
 
 def total(t: Tensor, group: Any = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""`ShardedMatrix`: a matrix of which each rank holds some of the rows, a pytree whose one leaf is the rank's values."""
+"""`ShardedMatrix`: a matrix of which each rank holds some of the rows, a pytree of these."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..sparse.matrix import SparseMatrix
+from ..sparse.operator import LinearOperator
 from ..torch_func.layouts import LAYOUTS
-from .collectives import shared_by, total_of
+from .collectives import shared_by, total_of, zero_of
 from .ranks import Ranks
 
 
 class ShardedMatrix:
     """What `shard_rows` makes: it stands where A stands in `lstsq` and `solve`, on all ranks of a group together.
 
-    A pytree for torch.func and optree with the `values` of this rank's rows as its one leaf: `torch.func.grad(loss)(A)`
-    is a ShardedMatrix, whose values are the gradient by this rank's entries.
+    A pytree for torch.func and optree with this rank's `rows` in it: `torch.func.grad(loss)(A)` is a ShardedMatrix, of
+    which `rows.values`, or `rows.params`, are the gradient by what this rank has.
 
     Attributes:
-        rows: the rows of this rank, a SparseMatrix.
+        rows: the rows of this rank, a SparseMatrix or a LinearOperator.
         ranks: the ranks of the group.
         height: how many rows there are on all ranks.
     """
 
     __slots__ = ("height", "ranks", "rows")
-    rows: SparseMatrix
+    rows: SparseMatrix | LinearOperator
     ranks: Ranks
     height: int
 
-    def __init__(self, rows: SparseMatrix, ranks: Ranks, height: int):
+    def __init__(self, rows: SparseMatrix | LinearOperator, ranks: Ranks, height: int):
         self.rows, self.ranks, self.height = rows, ranks, height
 
     @property
     def values(self) -> Tensor:
-        """The values of this rank's rows."""
+        """The values of this rank's rows, where these have entries."""
+        if isinstance(self.rows, LinearOperator):
+            raise AttributeError("a ShardedMatrix of operators has no values, but rows.params")
         return self.rows.values
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n), with m of all ranks."""
-        return self.height, self.rows.pattern.shape[1]
+        return self.height, width_of(self.rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,18 +61,27 @@ class ShardedMatrix:
 
         The derivative by X is summed over ranks, as X is the same on all of them.
         """
-        return self.rows.matmul(shared_by(X, self.ranks.name))
+        X = shared_by(X, self.ranks.name)
+        return self.rows.matmul(X) + self._zero(X)
 
     __matmul__ = matmul
 
     def adjoint(self, Y: Tensor) -> Tensor:
         """A^H Y, the same on all ranks, for this rank's rows Y (m,) or (m, k); differentiable by both, to any order."""
-        return total_of(self.rows.H.matmul(Y), self.ranks.name)
+        rows = self.rows
+        here = rows.adjoint(Y) if isinstance(rows, LinearOperator) else rows.H.matmul(Y)
+        return total_of(here + self._zero(Y), self.ranks.name)
+
+    def _zero(self, X: Tensor) -> Tensor | float:
+        if not isinstance(self.rows, LinearOperator) or X.ndim > 2:
+            return 0.0
+        columns = X[None, :, None] if X.ndim == 1 else X[None]
+        zero = zero_of([leaf[None] for leaf in torch_pytree.tree_leaves(self.rows.params)], columns)[0]
+        return zero[:, 0] if X.ndim == 1 else zero
 
     def __repr__(self) -> str:
         try:
-            here = f"rows here={self.rows.shape[0]}, nnz here={self.rows.nnz}, dtype={self.dtype}"
-            return f"ShardedMatrix(shape={self.shape}, {here}, {self.ranks})"
+            return f"ShardedMatrix(shape={self.shape}, rows={self.rows!r}, {self.ranks})"
         except Exception:  # a pytree's leaf may be anything, and the group may have ended
             return f"ShardedMatrix(rows={self.rows!r})"
 
@@ -79,18 +91,18 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
 
     Every rank calls it, and then `lstsq` or `solve`, with its own rows of b and of weights, and with the same damp, x0
     and settings. x and `info` are the same on all ranks to the bit. The residual, and the gradients by b, weights and
-    the values of A, are those of the rank's rows. All of torch.func goes through, to any order, `vmap` over b included.
-    What enters a rank's rows and is the same on all ranks goes through `shared`, and so does x where it enters a part
-    of the loss that `total` sums up. Solvers are `Auto()`, `Dense()` and `CGLS()`.
+    the values of A, or the params of its rows, are those of the rank's rows. All of torch.func goes through, to any
+    order, `vmap` over b included. What enters a rank's rows and is the same on all ranks goes through `shared`,
+    parameters of operators too, and so does x where it enters a part of the loss that `total` sums up. Solvers are
+    `Auto()`, `Dense()` and `CGLS()`, of operators `CGLS()`.
 
-    Not to be had are `bounds`, `robust`, rank_deficient="minimum_norm", `factorize`, `Direct()`, CGLS with `steps`,
-    a preconditioner or a callback, infinite weights or dampings, fewer rows in all than columns without damping, and
-    `torch.compile`.
+    Not to be had are `bounds`, `robust`, `factorize`, `Direct()`, CGLS with a preconditioner or a callback, infinite
+    weights, fewer rows in all than columns without damping or rank_deficient="minimum_norm", and `torch.compile`.
     A derivative in forward mode is along one direction of all ranks together: `jacfwd` by what is a rank's own would
     move an entry of each rank at once, and is for what is the same on all ranks.
 
     Args:
-        A: (m_r, n) SparseMatrix, or torch sparse tensor, of this rank's rows; any number of them, 0 too.
+        A: (m_r, n) SparseMatrix, torch sparse tensor or LinearOperator of this rank's rows; any number of them, 0 too.
         group: of torch.distributed, gloo for tensors on the CPU; None for all ranks.
 
     Returns:
@@ -102,9 +114,9 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
         RuntimeError: torch.distributed is not initialised.
         RankError: a rank was lost. What it stops for, the others learn at the end of the group's timeout at the latest.
 
-    Cost: two all-reduces of some integers. Of a solve with CGLS, for each iteration one all-reduce of n + 1 numbers and
-    one of a single one; with Dense, up to 500 columns, n^2 numbers once. Memory: this rank's rows, and n numbers for
-    each vector; with Dense n^2.
+    Cost: two all-reduces of some integers. Of a solve with CGLS, for each iteration one all-reduce of n + 3 numbers for
+    a column, of 2 n + 6 in one of nine; with Dense, up to 500 columns, n^2 numbers once. Memory: this rank's rows, and
+    n numbers for each vector; with Dense n^2.
 
     >>> import torch, functional_lstsq as fl
     >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -117,34 +129,42 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
     ranks = Ranks.of(group)
     device = A.device if isinstance(getattr(A, "device", None), torch.device) else torch.device("cpu")
 
-    def checked() -> tuple[SparseMatrix, dict[str, object]]:
+    def checked() -> tuple[tuple[SparseMatrix | LinearOperator, int], dict[str, object]]:
         rows = SparseMatrix.from_torch(A) if isinstance(A, Tensor) and A.layout in LAYOUTS else A
-        if not isinstance(rows, SparseMatrix):
+        if not isinstance(rows, (SparseMatrix, LinearOperator)):
             raise TypeError(
-                f"A must be a SparseMatrix or a torch sparse tensor of this rank's rows, got {type(A).__name__}"
+                "A must be a SparseMatrix, a LinearOperator or a torch sparse tensor of this rank's rows, got "
+                f"{type(A).__name__}"
             )
-        facts = {"the number of columns of A": rows.pattern.shape[1], "the dtype of A": rows.dtype}
-        return rows, facts | {"torch.get_num_threads()": torch.get_num_threads()}
+        facts = {"the number of columns of A": width_of(rows), "the dtype of A": rows.dtype}
+        facts["whether A is a LinearOperator"] = isinstance(rows, LinearOperator)
+        if isinstance(rows, LinearOperator):
+            facts["the dtype= of A"], facts["x"] = rows.given, None if rows.trees is None else rows.trees[0]
+        return (rows, rows.shape[0]), facts | {"torch.get_num_threads()": torch.get_num_threads()}
 
-    rows = ranks.checked(checked, device)
-    height = ranks.sum(torch.tensor([rows.pattern.shape[0]], dtype=torch.int64, device=device))
+    rows, here = ranks.checked(checked, device)
+    height = ranks.sum(torch.tensor([here], dtype=torch.int64, device=device))
     return ShardedMatrix(rows, ranks, int(height))
 
 
+def width_of(rows: SparseMatrix | LinearOperator) -> int:
+    """How many columns there are, without a product."""
+    return rows.in_size if isinstance(rows, LinearOperator) else rows.pattern.shape[1]
+
+
 def _flatten(A: ShardedMatrix) -> tuple[list, tuple]:
-    return [A.rows.values], (A.rows.pattern, A.ranks, A.height)
+    return [A.rows], (A.ranks, A.height)
 
 
 def _unflatten(leaves: Any, context: tuple) -> ShardedMatrix:
-    rows = object.__new__(SparseMatrix)  # no checks: a pytree holds axes, None or any other object in place of a leaf
-    (rows.values,), (rows.pattern, ranks, height) = leaves, context
-    return ShardedMatrix(rows, ranks, height)
+    (rows,) = leaves  # no checks: a pytree holds axes, None or any other object in place of a leaf
+    return ShardedMatrix(rows, *context)
 
 
 torch_pytree.register_pytree_node(ShardedMatrix, _flatten, _unflatten)
 cast(Any, optree.register_pytree_node)(
     ShardedMatrix,
-    lambda A: ((A.rows.values,), _flatten(A)[1], ("values",)),
+    lambda A: ((A.rows,), _flatten(A)[1], ("rows",)),
     lambda context, leaves: _unflatten(leaves, context),
     namespace=optree.registry.__GLOBAL_NAMESPACE,
 )

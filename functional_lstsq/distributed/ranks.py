@@ -81,6 +81,10 @@ class Ranks:
         """The largest over the ranks of each number in t."""
         return self._reduced(t, dist.ReduceOp.MAX)
 
+    def everywhere(self, flags: Tensor) -> Tensor:
+        """Which of the flags hold on all ranks."""
+        return self.max((~flags).to(torch.int64)) == 0
+
     def _reduced(self, t: Tensor, operation: Any) -> Tensor:
         if t.numel():
             with self._told_as_lost():

@@ -43,7 +43,9 @@ from .operator_static import OperatorStatic, operator_of, transformed
 from .settings import Settings, settings_of
 
 
-def solve_operator(static: OperatorStatic, damp, weights, b, e, c, start, token, leaves) -> tuple[Tensor, ...]:
+def solve_operator(
+    static: OperatorStatic, damp, weights, b, e, c, start, token, leaves, products: Any = OperatorProducts
+) -> tuple[Tensor, ...]:
     """(r, s, x, report, token), of plain tensors; s is left empty where there are no weights.
 
     With weights x is that of W^(1/2) A, for W^(1/2) b and c - A^H e.
@@ -52,18 +54,18 @@ def solve_operator(static: OperatorStatic, damp, weights, b, e, c, start, token,
     if not given.shape[0]:  # of an empty batch
         return _solve_fake(given, leaves, damp, weights, b, e, c, start, token, static, static.on_failure)
     if weights is None:
-        return _solve(static, damp, b, c, start, token, tuple(leaves))
+        return _solve(static, damp, b, c, start, token, tuple(leaves), products)
     root = weights.sqrt()
     if e is not None:
-        turned = static.plainly(leaves, e, adjoint=True)
+        turned = static.total(static.plainly(leaves, e, adjoint=True))
         c = -turned if c is None else c - turned
     right, every = None if b is None else root[:, :, None] * b, (*leaves, root)
-    r, _, x, report, token = _solve(weighted(static), damp, right, c, start, token, every)
+    r, _, x, report, token = _solve(weighted(static), damp, right, c, start, token, every, products)
     s, image = root[:, :, None] * r, static.plainly(leaves, x, adjoint=False)
     return -image if b is None else b - image, s if e is None else s + e, x, report, token
 
 
-def _solve(static: OperatorStatic, damp, b, c, start, token, leaves: tuple) -> tuple[Tensor, ...]:
+def _solve(static: OperatorStatic, damp, b, c, start, token, leaves: tuple, products: Any) -> tuple[Tensor, ...]:
     """As `solve_operator`, without weights."""
     given = b if b is not None else c
     like = torch.empty((given.shape[0], 0), dtype=static.dtype, device=given.device)
@@ -72,7 +74,8 @@ def _solve(static: OperatorStatic, damp, b, c, start, token, leaves: tuple) -> t
     with shared_cores:
         return solve_plainly(
             like, {"params": leaves}, None, damp, b, None, c, start, token, *of_operator,
-            lambda: System(OperatorProducts(static, leaves, like), damp, unit, tolerance=tolerance),
+            lambda: System(products(static, leaves, like), damp, unit, tolerance=tolerance),
+            height=static.height,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sparse.base import COARSE, Products, Scaled, norm
+from ..sparse.base import COARSE, Products, Scaled, dot, norm
 from ..sparse.numerics import ldexp, noise
 from ..sparse.wrapped_products import in_precision
 from .operator_static import OperatorStatic
@@ -32,20 +32,20 @@ class OperatorProducts(Products):
         self.dtype, self.device = like.dtype, like.device
 
     def matmul(self, X: Tensor, out: Tensor | None = None) -> Tensor:
-        product = self._product(X, adjoint=False)
+        product = self.product(X, adjoint=False)
         return product if out is None else out.copy_(product)
 
     def adjoint(self, Y: Tensor, out: Tensor | None = None) -> Tensor:
-        product = self._product(Y, adjoint=True)
+        product = self.product(Y, adjoint=True)
         return product if out is None else out.copy_(product)
 
-    def _product(self, X: Tensor, *, adjoint: bool) -> Tensor:
-        if self.unit < COARSE:
+    def product(self, X: Tensor, *, adjoint: bool) -> Tensor:
+        if self.unit < COARSE or not X.shape[1]:
             return self.static.plainly(self.leaves, X, adjoint=adjoint)
         # Numbers that single precision may not hold, as late residuals are, are brought to sizes of about 1.
         exponents = torch.frexp(X.abs().amax(1, keepdim=True)).exponent
-        product = self.static.plainly(self.leaves, ldexp(X, -exponents), adjoint=adjoint)
-        return ldexp(product, exponents)
+        found = self.static.plainly(self.leaves, ldexp(X, -exponents), adjoint=adjoint)
+        return ldexp(found, exponents)
 
     def column_sizes(self, damp: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.static.settings.stops:
@@ -70,13 +70,14 @@ class _Tried(Scaled):
         # About the largest singular value: |A^H A v| / |A v|, the first step of a power iteration.
         like = torch.ones((), dtype=torch.float64, device=self.device).expand(self.copies, self.n, _SAMPLES)
         image = self.matmul(noise(like).to(self.dtype))
-        self.steepest: Tensor = (norm(self.adjoint(image)) / norm(image).clamp_min(_TINY)).amax(1, keepdim=True)
+        back = norm(self.adjoint(image))
+        self.steepest: Tensor = (back / self.norm(image).clamp_min(_TINY)).amax(1, keepdim=True)
 
     def absolute_matmul(self, X: Tensor) -> Tensor:
-        return self.steepest[:, None] * (norm(X) / self.m**0.5)[:, None].expand(-1, self.m, -1)
+        return self.steepest[:, None] * (norm(X) / self.height**0.5)[:, None].expand(-1, self.m, -1)
 
     def absolute_adjoint(self, Y: Tensor) -> Tensor:
-        return self.steepest[:, None] * (norm(Y) / self.n**0.5)[:, None].expand(-1, self.n, -1)
+        return self.steepest[:, None] * (self.norm(Y) / self.n**0.5)[:, None].expand(-1, self.n, -1)
 
 
 def _deviation(products: Products, *, wide: bool, single: bool) -> float:
@@ -88,7 +89,7 @@ def _deviation(products: Products, *, wide: bool, single: bool) -> float:
 
     allowed = _LINEAR_SINGLE if single else _LINEAR
 
-    def tried(multiply: Any, rows: int, name: str) -> tuple[Tensor, Tensor, float]:
+    def tried(multiply: Any, rows: int, norm: Any, name: str) -> tuple[Tensor, Tensor, float]:
         like = torch.empty((products.copies, rows, 2), dtype=torch.float64, device=products.device)
         u = noise(like, 1)
         if products.dtype.is_complex:
@@ -108,12 +109,12 @@ def _deviation(products: Products, *, wide: bool, single: bool) -> float:
             )
         return u, Au, worst
 
-    u, Au, first = tried(products.matmul, products.n, "rmatvec" if wide else "matvec")
-    v, Av, second = tried(products.adjoint, products.m, "matvec" if wide else "rmatvec")
-    apart = ((v.conj() * Au).sum((1, 2)) - (Av.conj() * u).sum((1, 2))).abs()
-    size = (norm(v) * norm(Au) + norm(Av) * norm(u))[:, 0].clamp_min(_TINY)
+    u, Au, first = tried(products.matmul, products.n, products.norm, "rmatvec" if wide else "matvec")
+    v, Av, second = tried(products.adjoint, products.m, norm, "matvec" if wide else "rmatvec")
+    apart = (products.dot(v, Au) - dot(Av, u)).abs()
+    size = (products.norm(v) * products.norm(Au) + norm(Av) * norm(u)).clamp_min(_TINY)
     # Of a difference between the two, random vectors see a part in the root of their length.
-    third = float((apart / size).max()) * max(products.m, products.n) ** 0.5
+    third = float((apart / size).max()) * max(products.height, products.n) ** 0.5
     if not third <= allowed:
         raise ValueError(
             f"rmatvec must be the adjoint of matvec, got a relative difference of about {third:.1e}; without rmatvec "

@@ -51,6 +51,11 @@ class OperatorStatic:
     on_failure: str
 
     @property
+    def height(self) -> int:
+        """How many rows there are in all places; m are here."""
+        return self.m
+
+    @property
     def unit(self) -> float:
         """Machine epsilon of the products."""
         return torch.finfo(self.working).eps
@@ -71,6 +76,10 @@ class OperatorStatic:
         number = _numbers.setdefault((*map(_identities, (self.matvec, self.rmatvec)), *others), len(_numbers))
         _known.setdefault(number, self)
         return f"{_HERE} {number}"
+
+    def total(self, t: Tensor) -> Tensor:
+        """t, a sum over the rows that are here, summed over all places."""
+        return t
 
     def derivative(self) -> OperatorStatic:
         """For the solves of a rule: what failed under throw=False has NaN for a derivative."""

@@ -281,7 +281,7 @@ class LeastNorm(Iteration):
         self.deficient = lost.any(1, keepdim=True)
         super().__init__(settings, system, known=torch.where(self.deficient[:, None], y, v))
         # What is neither found nor in the null space has a singular value that no iterate could tell from zero.
-        left = norm(system.A.matmul(v - y)) > 2 * self._goal(v)
+        left = system.A.norm(system.A.matmul(v - y)) > 2 * self._goal(v)
         self.certificate.failed = self.certificate.failed | (self.deficient & left.any(1, keepdim=True))
 
     def _goal(self, v: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ class LeastNorm(Iteration):
         goal = self._goal(v)
 
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
-            left = norm(r)
+            left = system.A.norm(r)
             if system.d2 is not None:
                 left = torch.hypot(left, norm(system.d2.sqrt() * (v - y)))
             return left <= goal

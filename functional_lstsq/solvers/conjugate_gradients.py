@@ -88,12 +88,11 @@ def cgls(
     )
 
 
-def _gradient(system: Normal, r: Tensor, y: Tensor, c: Tensor | None, *, out: Tensor) -> Tensor:
-    """g = A^H r - d^2 y - c"""
-    system.A.adjoint(r, out=out)
+def _gradient(system: Normal, product: Tensor, y: Tensor, c: Tensor | None) -> Tensor:
+    """g = A^H r - d^2 y - c, in the place of A^H r"""
     if system.d2 is not None:
-        out.sub_(system.d2 * y)
-    return out if c is None else out.sub_(c)
+        product.sub_(system.d2 * y)
+    return product if c is None else product.sub_(c)
 
 
 class _Steps:
@@ -114,13 +113,13 @@ class _Steps:
         A, d2, y, r, p, q, gamma = self.system.A, self.system.d2, self.y, self.r, self.p, self.q, self.gamma
         for step in range(1, count + 1):
             A.matmul(p, out=q)
-            curvature = float(A.dot(q, q)) + (0.0 if d2 is None else float(dot(p, d2 * p)))
+            curvature = float(A.curvature(q, r)) + (0.0 if d2 is None else float(dot(p, d2 * p)))
             if not curvature > 0:
                 return step - 1, False
             alpha = gamma / curvature
             y.add_(p, alpha=alpha)
             r.sub_(q, alpha=alpha)
-            z = self.apply(_gradient(self.system, r, y, self.c, out=self.g))
+            z = self.apply(_gradient(self.system, A.stepped(r, q, alpha, self.g), y, self.c))
             last, gamma = gamma, max(float(dot(self.g, z)), 0.0)
             self.gamma = gamma
             p.mul_(gamma / last).add_(z)
@@ -136,7 +135,7 @@ def _iterate_one(
     shift, watched = c if bool(c.any()) else None, rises is not None or callback is not None
     r = b.clone(memory_format=torch.contiguous_format)
     y, g = (torch.zeros_like(c, memory_format=torch.contiguous_format) for _ in range(2))
-    _gradient(system, r, y, shift, out=g)
+    _gradient(system, system.A.adjoint(r, out=g), y, shift)
     steps = None
     if inverse is not None and not watched:
         steps = system.A.iteration(inverse, shift, system.d2, r, y, g, max(float(dot(g, inverse * g)), 0.0))
@@ -185,7 +184,7 @@ class _BlockSteps:
     def __init__(self, system: Normal, b: Tensor, c: Tensor, apply: Callable[[Tensor], Tensor]):
         self.system, self.apply, self.c = system, apply, c if bool(c.any()) else None
         self.r, self.y, self.p, self.q = b.clone(), torch.zeros_like(c), torch.zeros_like(c), torch.empty_like(b)
-        self.g = _gradient(system, self.r, self.y, self.c, out=torch.empty_like(c))
+        self.g = _gradient(system, system.A.adjoint(self.r, out=torch.empty_like(c)), self.y, self.c)
         self.z = apply(self.g)
         self.gamma = self.last = dot(self.g, self.z).clamp_min(0)
         self.kept_r, self.kept_y, self.kept_gamma = b, torch.zeros_like(c), self.gamma
@@ -198,12 +197,13 @@ class _BlockSteps:
         beta = torch.where(self.active, self.gamma / self.last, 0.0)[:, None]
         torch.mul(p, beta, out=p).add_(self.z)
         A.matmul(p, out=q)
-        curvature = A.dot(q, q) if d2 is None else A.dot(q, q) + dot(p, d2 * p)
+        curvature = A.curvature(q, self.r)
+        curvature = curvature if d2 is None else curvature + dot(p, d2 * p)
         self.active = self.active & (curvature > 0)
         alpha = torch.where(self.active, self.gamma / curvature, 0.0)[:, None].to(p.dtype)
         self.y.addcmul_(alpha, p)
         self.r.addcmul_(alpha, q, value=-1)
-        self.z = self.apply(_gradient(self.system, self.r, self.y, self.c, out=self.g))
+        self.z = self.apply(_gradient(self.system, A.stepped(self.r, q, alpha, self.g), self.y, self.c))
         self.last, self.gamma = self.gamma, torch.where(self.active, dot(self.g, self.z).clamp_min(0), self.gamma)
         self.iterations = self.iterations + self.active
 

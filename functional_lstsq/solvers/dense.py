@@ -215,7 +215,8 @@ def _triangle(system: System, which: Tensor, rows: Tensor | None = None) -> Tens
     `rows`: exponents (P', m) of the units of rows, in which those of the damping are ones.
     """
     n, count, where = system.n, len(which), system.A.pattern.rows
-    values, d2 = system.A.values[which], None if system.d2 is None else system.d2[which, :, 0]
+    values, d2 = system.A.values[which], system.d2 if system.A.leads else None
+    d2 = None if d2 is None else d2[which, :, 0]
     if rows is not None:
         values = ldexp(values, -rows.gather(1, system.A.pattern.indices[0].expand(count, -1)))
         d2 = None if d2 is None else (d2 > 0).to(d2.dtype)

@@ -171,7 +171,8 @@ class Factored(Factors):
         of_r = system.A.norm(system.A.matmul(moved)) + EPS * system.row_norm(r)
         errors = errors._replace(x=errors.x + of_x, r=errors.r + of_r)
         y = x * system.scale
-        if system.weights is not None and bool((unseen := system.weights == 0).any()):
+        unseen = None if system.weights is None else system.weights == 0
+        if unseen is not None and not bool(system.A.everywhere(~unseen.any())):
             # Rows without weight see of A what has no effect on the others, and was projected off x.
             left = system.exact_residuals(b, torch.zeros_like(y), Pair.of(torch.zeros_like(r)), Pair.of(y))[0]
             r = torch.where(unseen[:, :, None], left, r)

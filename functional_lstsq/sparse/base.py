@@ -69,6 +69,7 @@ class Products:
     values: Tensor
     has_exact_products: bool = False
     steepest: Tensor | None = None  # (P, 1), about the largest singular value, where columns have one scale
+    leads: bool = True  # whether this is the place, of all where there are rows, that counts what belongs to no row
     name: str = "matmul"  # of what the user gave, in a message
 
     def matmul(self, X: Tensor, out: Tensor | None = None) -> Tensor:
@@ -111,6 +112,14 @@ class Products:
     def norm(self, y: Tensor) -> Tensor:
         """The 2-norm of each column over all rows: (P, m, k) -> (P, k)."""
         return norm(y)
+
+    def curvature(self, q: Tensor, r: Tensor) -> Tensor:
+        """|q|^2 of each column over all rows, before a step r -= alpha q: (P, m, k) -> (P, k)."""
+        return self.dot(q, q)
+
+    def stepped(self, r: Tensor, q: Tensor, alpha: Any, out: Tensor) -> Tensor:
+        """A^H r after that step, alpha a number or (P, 1, k): a matrix may have taken A^H q along with |q|^2."""
+        return self.adjoint(r, out=out)
 
     def largest(self, y: Tensor) -> Tensor:
         """The largest absolute value of each column over all rows: (P, m, k) -> (P, k)."""
@@ -200,6 +209,15 @@ class Scaled(Products):
 
     def norm(self, y: Tensor) -> Tensor:
         return self.whole.norm(y)
+
+    def curvature(self, q: Tensor, r: Tensor) -> Tensor:
+        return self.whole.curvature(q, r) if self.rows is None else super().curvature(q, r)
+
+    def stepped(self, r: Tensor, q: Tensor, alpha: Any, out: Tensor) -> Tensor:
+        if self.rows is not None:
+            return super().stepped(r, q, alpha, out)
+        product = self.whole.stepped(r, q, alpha, out)
+        return product if self.columns is None else product.div_(self.columns)
 
     def largest(self, y: Tensor) -> Tensor:
         return self.whole.largest(y)

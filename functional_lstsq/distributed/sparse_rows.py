@@ -1,0 +1,111 @@
+"""A linear solve over ranks: the augmented system of `linear.augmented`, of which each rank has some of the rows.
+
+    r + A x = b          A^H s - d^2 x = c          s = W r + e          W = diag(weights)
+
+One sum over ranks is in it, A^H s. b, e, r, s, the values of A and weights are a rank's own; x, c and d are the same on
+all ranks. So its primitive and the rules are those of `linear.augmented`, on products with `shared` where something
+that is the same on all ranks meets a rank's rows, and with `total` for A^H s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linear.factor_cache import no_token
+from ..linear.gradient import Static
+from ..linear.kernel import solve_plainly
+from ..result import Report
+from ..solvers.system import System, Weighting
+from ..sparse.numerics import ldexp
+from ..sparse.pattern import find_pattern
+from ..sparse.plain_products import Operator
+from ..sparse.products import multiply, sample
+from ..torch_func.cores import steady
+from .agreement import solve_together
+from .collectives import shared_by, total_of
+from .products import RowsOverRanks
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class ShardedRows(Static):
+    """What a solve is asked for, of the m rows that are here and of all others."""
+
+    whole: int  # rows on all ranks
+    ranks: Ranks
+
+    @property
+    def height(self) -> int:
+        return self.whole
+
+    def solve(self, tensors: list[Tensor | None], token: Tensor | None, indices: Tensor) -> tuple[Tensor, ...]:
+        return _solved(self, [None if t is None else t.resolve_conj() for t in tensors], token, indices)
+
+    def multiply(self, values: Tensor, X: Tensor, indices: Tensor, **how: bool) -> Tensor:
+        if how.get("adjoint"):
+            return self.total(multiply(values, X, indices, self.m, self.n, **how))
+        return multiply(values, self.shared(X), indices, self.m, self.n, **how)
+
+    def left_out(self, values: Tensor, X: Tensor, product: Tensor, indices: Tensor) -> Tensor:
+        return torch.zeros_like(product)
+
+    def sample(self, U: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+        return sample(U, self.shared(W), indices, self.m, self.n)
+
+    def total(self, t: Tensor) -> Tensor:
+        return total_of(t, self.ranks.name)
+
+    def shared(self, t: Tensor) -> Tensor:
+        return shared_by(t, self.ranks.name)
+
+
+@steady()
+def _solved(static: ShardedRows, tensors: Sequence[Any], token: Tensor | None, indices: Tensor) -> tuple[Tensor, ...]:
+    values, weights, damp, b, e, c, known = tensors
+    if not len(values):  # of an empty batch
+        k = next(t for t in (b, e, c) if t is not None).shape[2]
+        sizes = (static.m, 0 if weights is None else static.m, static.n)
+        report = values.new_empty(Report.shape(0, k), dtype=torch.float64)
+        return *(values.new_empty((0, size, k)) for size in sizes), report, no_token()
+    own: dict[str, tuple[Tensor, ...]] = {"A": (values,)}
+    numbers: dict[str, tuple[Tensor, ...]] = {"values": (values,)}
+    if weights is not None:
+        own["weights"] = numbers["weights"] = (weights,)
+    asked = indices, sum(numbers.values(), ())
+    pattern = find_pattern(indices, static.m, static.n)
+
+    def make() -> System:
+        return _system(RowsOverRanks(Operator(pattern, values), static.ranks, static.whole), weights, damp, static)
+
+    def solve(b: Tensor | None, e: Tensor | None, c: Tensor | None, token: Tensor | None) -> tuple[Tensor, ...]:
+        return solve_plainly(
+            values, numbers, indices, damp, b, e, c, known, token, static.m, static.n, static.settings,
+            static.on_failure, make, height=static.whole,
+        )  # fmt: skip
+
+    return solve_together(static, own, damp, {"b": b, "e": e, "c": c}, known, token, asked, solve)
+
+
+def _system(everything: RowsOverRanks, weights: Tensor | None, damp: Tensor | None, static: ShardedRows) -> System:
+    weighting, wanted = None, static.settings
+    if damp is not None and bool(damp.isinf().any()):
+        # As `kernel` has it: an unknown that is pinned at zero keeps to itself, as an empty column.
+        pinned, values = damp.isinf().expand(-1, static.n), everything.values
+        largest = everything.largest(values[:, :, None])
+        in_columns = pinned.gather(1, everything.pattern.indices[1].expand(len(values), -1))
+        everything = everything.with_values(torch.where(in_columns, 0.0, values))
+        damp = torch.where(pinned, torch.where(largest > 0, largest, 1.0), damp)
+    if weights is not None:
+        largest = everything.largest(weights[:, :, None])
+        half = torch.where(largest > 0, torch.frexp(largest).exponent // 2, 0)
+        weighting = Weighting(ldexp(weights, -2 * half), half, None)
+        damp = None if damp is None else ldexp(damp, -half)
+    return System(
+        everything, damp, wanted.precision, exact=wanted.exact, weighting=weighting, tolerance=wanted.tolerance,
+        extended=wanted.extended,
+    )  # fmt: skip
