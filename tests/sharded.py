@@ -230,6 +230,46 @@ def wide(place):
     return {"same": [fl.lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [place.entries_of(by_A)]}
 
 
+def constrained(place):
+    """Rows of infinite weight are met exactly, and heavy ones nearly; others have no weight."""
+    row = place.rows(torch.arange(place.m))
+    weights = torch.where(row % 19 == 18, torch.inf, torch.where(row % 7 == 3, 0.0, place.weights))
+    weights = torch.where(row == 1, 1e20, weights)
+    by_all = grad(lambda A, b: fl.lstsq(A, b, weights=weights).sin().sum(), (0, 1))(place.A, place.b)
+    found = fl.solve(place.A, place.b, weights=weights)
+    assert bool((found.residual[weights.isinf()] == 0).all())
+    return {
+        "same": [found.x],
+        "rows": [found.residual, by_all[1]],
+        "entries": [place.entries_of(by_all[0])],
+    }
+
+
+def with_pinned(place):
+    """Infinite dampings pin unknowns at zero."""
+    n = place.A.shape[1]
+    damp = torch.where(torch.arange(n) % 3 == 1, torch.inf, torch.linspace(0, 1, n))
+    given = place.A, place.b, place.weights, damp
+    by_all = grad(partial(loss, place, "auto"), (0, 1, 2, 3))(*given)
+    x = fl.lstsq(place.A, place.b, weights=place.weights, damp=damp, solver=CGLS)
+    return {"same": [x, by_all[3]], "rows": [*by_all[1:3]], "entries": [place.entries_of(by_all[0])]}
+
+
+def of_least_norm(place, weighted=True):
+    weights = torch.where(place.rows(torch.arange(place.m)) % 7 == 3, 0.0, place.weights) if weighted else None
+
+    def of_x(A, b):
+        return fl.lstsq(A, b, weights=weights, rank_deficient="minimum_norm")
+
+    by_A, by_b = grad(lambda A, b: of_x(A, b).sin().sum(), (0, 1))(place.A, place.b)
+    along = jvp(of_x, (place.A, place.b), directions(place)[:2])[1]
+    return {"same": [of_x(place.A, place.b), along], "rows": [by_b], "entries": [place.entries_of(by_A)]}
+
+
+def stopped(place):
+    return {"same": [fl.lstsq(place.A, place.b, damp=0.1, solver=fl.CGLS(steps=3))]}
+
+
 def ill_conditioned(place):
     found = fl.solve(place.A, place.b, solver=fl.Dense())
     assert found.info.method == "dense-qr"
@@ -277,6 +317,13 @@ def of_trees(place):
 
 def large_numbers(place):
     return {"same": [fl.lstsq(place.A, 1e250 * place.b) * 1e-250]}
+
+
+def without_full_rank(m=40):
+    """Dummies of two kinds, of which one is always too many."""
+    rows = torch.arange(m)
+    indices = torch.stack([rows.repeat(2), torch.cat([rows % 3, 3 + rows % 5])])
+    return {"given": (fl.SparsePattern(indices, (m, 8)), torch.ones(2 * m), normal(m, seed=3)), "m": m}
 
 
 def of_singular_values(s, m):
@@ -327,6 +374,13 @@ CASES = {  # name: (case, what the problem is)
     "float32, of the residual": (of_a_small_residual, {"dtype": torch.float32}),
     "ill-conditioned gradient": (ill_conditioned_gradient, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
     "wide with damp": (wide, {"m": 6, "n": 8}),
+    "constraints": (constrained, {}),
+    "pinned unknowns": (with_pinned, {}),
+    "least norm": (of_least_norm, without_full_rank()),
+    "least norm, wide": (of_least_norm, {"m": 6, "n": 8}),
+    "least norm, operator": (partial(of_least_norm, weighted=False), {**without_full_rank(), "by_products": True}),
+    "stopped": (stopped, {}),
+    "stopped operator": (stopped, {"by_products": True}),
     "ill-conditioned": (ill_conditioned, of_singular_values([1.0, 0.5, 1e-3, 1e-8], 30)),
     "many columns": (many_columns, {"m": 1500, "n": 520, "density": 0.01}),
     "large numbers": (large_numbers, {}),
@@ -399,6 +453,9 @@ def _refusals(rank):
         "b of more columns": lambda: fl.lstsq(A, differ(b[:, None].expand(-1, 2), b)),
         "negative weights": lambda: fl.lstsq(A, b, weights=differ(-place.weights, place.weights)),
         "infinite weights": lambda: fl.lstsq(A, b, weights=place.weights + differ(torch.inf, 0.0)),
+        "dependent constraints": lambda: fl.lstsq(
+            deficient, b, damp=1.0, weights=torch.where(torch.arange(m) == 3, torch.inf, place.weights)
+        ),
         "weights on one rank": lambda: fl.lstsq(A, b, weights=differ(place.weights, None)),
         "another n": lambda: fl.distributed.shard_rows(differ(short, A.rows)),
         "another dtype of A": lambda: fl.distributed.shard_rows(differ(A.rows.to(torch.float32), A.rows)),

@@ -87,7 +87,8 @@ REFUSALS = {  # name: (what is raised, words of the message)
         "the columns of b must be the same on all ranks, got () on rank 0 and (2,) on rank 1",
     ),
     "negative weights": (ValueError, "on rank 1: weights must not be negative"),
-    "infinite weights": (ValueError, "on rank 1: weights must be finite"),
+    "infinite weights": (fl.RankDeficientError, "must be linearly independent and neither contradict each other"),
+    "dependent constraints": (fl.RankDeficientError, "got 2, of rank 1 (rows 3, 23 take part in a dependence)"),
     "weights on one rank": (ValueError, "whether there are weights must be the same on all ranks, got False on rank 0"),
     "another n": (
         ValueError,

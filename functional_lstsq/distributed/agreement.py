@@ -41,7 +41,9 @@ def solve_together(
     def check() -> tuple[None, Mapping[str, object]]:
         of_columns = {} if lenient else {name: (t,) for name, t in columns.items() if t is not None}
         for name, tensors in (dict(own) | of_columns).items():
-            if not all(bool(t.isfinite().all()) for t in tensors):
+            # Infinite weights make constraints, of rows whose entries are known.
+            sound = (~t.isnan() if name == "weights" else t.isfinite() for t in tensors)
+            if not all(bool(flags.all()) for flags in sound):
                 what = f"{name} of the augmented system" if token is None else "what came in for a derivative"
                 raise ValueError(f"{what} holds NaN or infinity")
         given = {name: None if t is None else (len(t), t.shape[2]) for name, t in columns.items()}

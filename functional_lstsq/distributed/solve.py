@@ -17,7 +17,6 @@ from ..solvers import CGLS, Auto, Dense
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
-from ..torch_func.tracing import concrete
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
 from .sparse_rows import ShardedRows
@@ -45,8 +44,6 @@ def solve_sharded(
             rows, b, damp, weights, None, solver, rank_deficient, refine, x0,
             rank_tolerance=rank_tolerance, throw=throw, part=True,
         )  # fmt: skip
-        if given.weights is not None and bool(concrete(given.weights).isinf().any()):
-            raise ValueError("weights must be finite for a sharded matrix, got infinity in it")
         # A rank may have fewer rows than columns, without the matrix being wide.
         settings = replace(settings_of(given.settings), wide=False, exact=True)
         facts = {

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..linear.factor_cache import no_token
 from ..linear.gradient import Static
 from ..linear.kernel import solve_plainly
+from ..linear.weighting import weigh
 from ..result import Report
-from ..solvers.system import System, Weighting
+from ..solvers.system import System
 from ..sparse.numerics import ldexp
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
@@ -28,6 +29,7 @@ from ..sparse.products import multiply, sample
 from ..torch_func.cores import steady
 from .agreement import solve_together
 from .collectives import shared_by, total_of
+from .heavy_rows import RowsOfAll
 from .products import RowsOverRanks
 from .ranks import Ranks
 
@@ -101,10 +103,8 @@ def _system(everything: RowsOverRanks, weights: Tensor | None, damp: Tensor | No
         everything = everything.with_values(torch.where(in_columns, 0.0, values))
         damp = torch.where(pinned, torch.where(largest > 0, largest, 1.0), damp)
     if weights is not None:
-        largest = everything.largest(weights[:, :, None])
-        half = torch.where(largest > 0, torch.frexp(largest).exponent // 2, 0)
-        weighting = Weighting(ldexp(weights, -2 * half), half, None)
-        damp = None if damp is None else ldexp(damp, -half)
+        weighting = weigh(everything.pattern, everything.values, weights, RowsOfAll(static.ranks))
+        damp = None if damp is None else ldexp(damp, -weighting.half)
     return System(
         everything, damp, wanted.precision, exact=wanted.exact, weighting=weighting, tolerance=wanted.tolerance,
         extended=wanted.extended,

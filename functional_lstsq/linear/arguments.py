@@ -100,7 +100,8 @@ def pose(
     if damp is not None:
         check_numbers("damp", damp, infinite=sparse and damp.ndim == 1)
     if weights is not None:
-        check_numbers("weights", weights, infinite=sparse and (m >= n or damp is not None) and not stops)
+        tall = m >= n or damp is not None or part
+        check_numbers("weights", weights, infinite=sparse and tall and not stops)
     if x0 is not None:
         check_numbers("x0", x0)
     if refine not in ("auto", "extended"):

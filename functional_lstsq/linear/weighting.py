@@ -10,6 +10,8 @@ linearly independent an error shrinks by about the ratio of the other rows to th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,58 +30,95 @@ _LIGHT = 2.0**-40  # of the largest weight: below it a row is left to the second
 _SMALL = 500  # rows that are factored densely
 
 
-def weigh(pattern: SparsePattern, values: Tensor, weights: Tensor) -> Weighting:
+class AllRows:
+    """What weighing asks of all rows of A, which are here; a subclass knows of others, with the same answers there."""
+
+    def any(self, flags: Tensor) -> bool:
+        """Whether any flag of a row holds."""
+        return bool(flags.any())
+
+    def median(self, t: Tensor) -> Tensor:
+        """About the median (P, 1) of the numbers of rows (P, m) that are none of NaN; 1 where there are none."""
+        return t.nanmedian(1, keepdim=True).values.nan_to_num(nan=1.0)
+
+    def largest(self, t: Tensor) -> Tensor:
+        """The largest (P, 1) of numbers (P, m), or 0, none of which is negative."""
+        return t.amax(1, keepdim=True) if t.shape[1] else t.new_zeros((len(t), 1))
+
+    def largest_of_each(self, t: Tensor) -> Tensor:
+        """The largest of what the places have of each number, none of which is negative."""
+        return t
+
+    def gathered(self, pattern: SparsePattern, values: Tensor, which: Tensor) -> HeavyRows:
+        """The rows that `which` (P, m) holds for; of others as many as there are."""
+        return HeavyRows(pattern, values, which, None)
+
+
+class HeavyRows(NamedTuple):
+    """Some rows of A: their pattern, values (P, nnz), which are heavy (P, rows), and their numbers if others."""
+
+    pattern: SparsePattern
+    values: Tensor
+    heavy: Tensor
+    numbers: Tensor | None
+
+
+def weigh(pattern: SparsePattern, values: Tensor, weights: Tensor, rows_of: AllRows | None = None) -> Weighting:
     """How to weigh the rows of A, `values` (P, nnz), by weights (P, m), which may be zero or infinite.
 
     Raises:
         RankDeficientError: rows of infinite weight are linearly dependent.
     """
+    every = rows_of or AllRows()
     counted = weights.isfinite() & (weights > 0)
-    median = torch.where(counted, weights, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(nan=1.0)
+    median = every.median(torch.where(counted, weights, torch.nan))
     heavy = weights > _CAP * median
-    if not bool(heavy.any()):
-        return _in_units(weights, None)
+    if not every.any(heavy):
+        return _in_units(weights, None, every)
     rows, columns = (part.expand(len(values), -1) for part in pattern.indices)
     moderate = torch.minimum(weights, median)
     sizes = values.abs() * moderate.sqrt().gather(1, rows)
     norms = sizes.new_zeros((len(values), pattern.shape[1])).scatter_reduce(1, columns, sizes, "amax")
+    norms = every.largest_of_each(norms)
     sizes = sizes / torch.where(norms > 0, norms, 1.0).gather(1, columns)
     # What rows contribute with the weight `moderate`.
     shares = torch.zeros_like(weights).scatter_add(1, rows, sizes.square())
-    usual = torch.where(counted & ~heavy, shares, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(nan=1.0)
-    largest = torch.where(counted & ~heavy, shares, 0.0).amax(1, keepdim=True)
+    usual = every.median(torch.where(counted & ~heavy, shares, torch.nan))
+    largest = every.largest(torch.where(counted & ~heavy, shares, 0.0))
     usual = torch.maximum(usual, _FEW_LARGE * largest)
     usual = torch.where(usual > 0, usual, 1.0)
-    condition = _condition(pattern, sizes * values.sgn(), heavy)
+    condition = _condition(every.gathered(pattern, sizes * values.sgn(), heavy))
     constraints = weights.isinf()
-    if bool((heavy & ~constraints).any()) and bool((condition > _DEPENDENT).any()):
+    if every.any(heavy & ~constraints) and bool((condition > _DEPENDENT).any()):
         # Rows that are as heavy as each other, and too many to be met, are an ordinary problem by themselves.
         spoilt = condition > _DEPENDENT
         heavy = heavy & (constraints | ~spoilt)
         most = torch.where(weights.isfinite(), shares * weights / torch.where(moderate > 0, moderate, 1.0), 0.0)
-        usual = torch.where(spoilt, most.amax(1, keepdim=True), usual)
+        usual = torch.where(spoilt, every.largest(most), usual)
         condition = torch.where(spoilt, 1.0, condition)
-        if bool((constraints & spoilt).any()):
-            condition = _condition(pattern, sizes * values.sgn(), heavy)
+        if every.any(constraints & spoilt):
+            condition = _condition(every.gathered(pattern, sizes * values.sgn(), heavy))
     if bool(condition.isinf().any()):
-        _refuse_dependent(pattern, sizes * values.sgn(), heavy, int(condition.isinf()[:, 0].nonzero()[0]))
+        heavy_rows = every.gathered(pattern, sizes * values.sgn(), heavy)
+        _refuse_dependent(heavy_rows, int(condition.isinf()[:, 0].nonzero()[0]))
     # Rows of size 1 that are nearly dependent are met as well as those that are not if they are as much heavier.
     factor = _CAP * usual * condition.square().clamp(max=_LARGEST)
     cap = moderate * factor / torch.where(shares > 0, shares, 1.0)
     cap = power_of_two(torch.frexp(cap).exponent)
     capped = torch.where(heavy, torch.minimum(weights, cap), weights)
-    return _in_units(capped, torch.where(heavy, capped / weights, 1.0))
+    return _in_units(capped, torch.where(heavy, capped / weights, 1.0), every)
 
 
-def _in_units(capped: Tensor, slack: Tensor | None) -> Weighting:
+def _in_units(capped: Tensor, slack: Tensor | None, every: AllRows) -> Weighting:
     """With the largest weight about 4^half."""
-    largest = capped.amax(1, keepdim=True) if capped.shape[1] else capped.new_ones((len(capped), 1))
+    largest = every.largest(capped)
     half = torch.where(largest > 0, torch.frexp(largest).exponent // 2, 0)
     return Weighting(ldexp(capped, -2 * half), half, slack)
 
 
-def _condition(pattern: SparsePattern, values: Tensor, heavy: Tensor) -> Tensor:
+def _condition(rows: HeavyRows) -> Tensor:
     """(P, 1): the condition number of the rows that are heavy, each scaled to size 1; infinite if dependent."""
+    pattern, values, heavy, _ = rows
     too_many = heavy.sum(1, keepdim=True) > pattern.shape[1]
     heavy = heavy & ~too_many
     if not bool(heavy.any()):
@@ -105,13 +144,15 @@ def _factor_rows(pattern: SparsePattern, values: Tensor, heavy: Tensor):
     return (Dense() if len(which) <= _SMALL else Direct()).prepare(system, minimum_norm=True)
 
 
-def _refuse_dependent(pattern: SparsePattern, values: Tensor, heavy: Tensor, p: int) -> None:
+def _refuse_dependent(rows: HeavyRows, p: int) -> None:
+    pattern, values, heavy, numbers = rows
     which, count = heavy.any(0).nonzero()[:, 0], int(heavy[p].sum())
     rank, named = f"more than the {pattern.shape[1]} unknowns", ""
     if count <= pattern.shape[1]:
         factors = _factor_rows(pattern, values, heavy)
         known = int(factors.rank[p]) - int((~heavy[p, which]).sum())
         rank, found = f"of rank {known}", sorted(int(which[i]) for i in factors.dependent(p))
+        found = found if numbers is None else [int(numbers[i]) for i in found]
         one = len(found) == 1
         named = f" (row{'' if one else 's'} {', '.join(map(str, found))} take{'s' if one else ''} part in a dependence)"
         named = named if found else ""
