@@ -245,6 +245,22 @@ def constrained(place):
     }
 
 
+def bounded(place):
+    n = place.A.shape[1]
+    lower, upper = torch.linspace(-0.2, 0.0, n), torch.linspace(0.05, 0.2, n)
+
+    def of_x(A, b, lower, upper, weights):
+        found = fl.solve(A, b, bounds=(lower, upper), weights=weights)
+        return found.x.sin().sum() + place.total((place.shared(found.x).sum() * found.residual.square()).sum())
+
+    found = fl.solve(place.A, place.b, bounds=(lower, upper))
+    bars = grad(of_x, (0, 1, 2, 3, 4))(place.A, place.b, lower, upper, place.weights)
+    columns = fl.solve(place.A, torch.stack([place.b, place.b.cos()], 1), bounds=(0, 0.1), damp=0.1)
+    assert found.info.active.any()
+    same = [found.x, found.info.active, found.info.multipliers, *bars[2:4], columns.x]
+    return {"same": same, "rows": [found.residual, bars[1], bars[4]], "entries": [place.entries_of(bars[0])]}
+
+
 def with_pinned(place):
     """Infinite dampings pin unknowns at zero."""
     n = place.A.shape[1]
@@ -374,6 +390,8 @@ CASES = {  # name: (case, what the problem is)
     "float32, of the residual": (of_a_small_residual, {"dtype": torch.float32}),
     "ill-conditioned gradient": (ill_conditioned_gradient, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
     "wide with damp": (wide, {"m": 6, "n": 8}),
+    "bounds": (bounded, {}),
+    "bounds, wide": (bounded, {"m": 6, "n": 8}),
     "constraints": (constrained, {}),
     "pinned unknowns": (with_pinned, {}),
     "least norm": (of_least_norm, without_full_rank()),
@@ -467,7 +485,12 @@ def _refusals(rank):
         "NaN from a loss": lambda: grad(
             lambda A: place.total((place.shared(fl.lstsq(A, b)).sum() * differ(bad, b)).sum())
         )(A),
-        "bounds": lambda: fl.lstsq(A, b, bounds=(0, 1)),
+        "bounds of an operator": lambda: fl.lstsq(by_products, b, bounds=(0, 1)),
+        "other bounds": lambda: fl.lstsq(A, b, bounds=(0, differ(1, 2))),
+        "bounds that are none": lambda: fl.lstsq(A, b, bounds=(0, differ("one", 2))),
+        "bounds that are touched": lambda: grad(lambda b: place.total(fl.solve(A, b, bounds=(0, 1)).residual.sum()))(
+            0 * b
+        ),
         "robust": lambda: fl.lstsq(A, b, robust=fl.Huber()),
         "Direct": lambda: fl.lstsq(A, b, solver=fl.Direct()),
         "a preconditioner": lambda: fl.lstsq(A, b, solver=fl.CGLS(preconditioner=lambda g: g)),

@@ -7,6 +7,7 @@ bit. All ranks run the same program.
 - solve: what `lstsq` and `solve` are asked of a sharded matrix, checked.
 - sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
 - heavy_rows: rows of all ranks that weigh much more than others, constraints above all.
+- bounds: bounds of the unknowns of such a matrix.
 - agreement: what all ranks hold against each other before and after a solve.
 - products: `Products` over ranks, all that solvers ask of the matrix.
 - collectives: the primitives `total` and `shared`, the sum over ranks and its adjoint.

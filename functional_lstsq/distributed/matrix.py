@@ -96,8 +96,8 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
     parameters of operators too, and so does x where it enters a part of the loss that `total` sums up. Solvers are
     `Auto()`, `Dense()` and `CGLS()`, of operators `CGLS()`.
 
-    Not to be had are `bounds`, `robust`, `factorize`, `Direct()`, CGLS with a preconditioner or a callback, infinite
-    weights, fewer rows in all than columns without damping or rank_deficient="minimum_norm", and `torch.compile`.
+    Not to be had are `robust`, `factorize`, `Direct()`, CGLS with a preconditioner or a callback, bounds of operators,
+    fewer rows in all than columns without damping or rank_deficient="minimum_norm", and `torch.compile`.
     A derivative in forward mode is along one direction of all ranks together: `jacfwd` by what is a rank's own would
     move an entry of each rank at once, and is for what is the same on all ranks.
 

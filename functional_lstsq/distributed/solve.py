@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linear.arguments import Problem, in_vectors, pose
 from ..linear.augmented import Solve
+from ..linear.bounds import Posed, pose_bounds
 from ..linear.matrix_free import static_of
 from ..linear.settings import Settings, settings_of
 from ..result import Report, Solution, info_of
@@ -17,6 +18,7 @@ from ..solvers import CGLS, Auto, Dense
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
+from .bounds import solve_bounded_together
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
 from .sparse_rows import ShardedRows
@@ -38,7 +40,7 @@ def solve_sharded(
         x, residual, info = solve_sharded(of_vectors, b, damp, weights, *others, throw=throw)
         return Solution(of_x.tree(x), of_b.tree(residual), info)
 
-    def checked() -> tuple[tuple[Problem, Settings], Mapping[str, object]]:
+    def checked() -> tuple[tuple[Problem, Settings, Posed | None], Mapping[str, object]]:
         _refuse(A, damp, robust, solver, rank_deficient, bounds)
         given = pose(
             rows, b, damp, weights, None, solver, rank_deficient, refine, x0,
@@ -55,14 +57,24 @@ def solve_sharded(
             "whether there is x0": x0 is not None,
             "throw": throw,
         }
-        return (given, settings), facts
+        posed = None if bounds is None else pose_bounds(given._replace(settings=settings), bounds, robust)
+        return (given, settings, posed), facts
 
-    problem, settings = A.ranks.checked(checked, A.device)
+    problem, settings, posed = A.ranks.checked(checked, A.device)
+    if posed is not None:
+        found = solve_bounded_together(posed, "raise" if throw else "return", A.height, A.ranks)
+        solution = _told(problem, *found[:3])
+        return solution._replace(info=found.told(solution.info, problem.b.ndim == 1))
     columns, of_rows = problem.b, None if problem.weights is None else problem.weights[None]
     columns = columns[None] if columns.ndim == 2 else columns[None, :, None]
     start = None if problem.x0 is None else problem.x0.reshape(1, problem.x0.shape[0], columns.shape[2])
     damps = None if problem.damp is None else problem.damp.reshape(1, -1)
     r, x, numbers = _solution(A, problem, settings, "raise" if throw else "return", of_rows, damps, columns, start)
+    return _told(problem, r, x, numbers)
+
+
+def _told(problem: Problem, r: Tensor, x: Tensor, numbers: Tensor) -> Solution:
+    """What users get of (r, x, report)."""
     single = problem.b.ndim == 1
     info = info_of(Report.unpacked(numbers), wide=False, single=single)
 
@@ -92,16 +104,17 @@ def _solution(
 
 def _refuse(A: ShardedMatrix, damp: Any, robust: Any, solver: Any, rank_deficient: Any, bounds: Any) -> None:
     """What a sharded matrix cannot do."""
-    for name, got in (("robust", robust), ("bounds", bounds)):
-        if got is not None:
-            raise ValueError(f"a sharded matrix allows no {name}, got {got!r}")
+    if robust is not None:
+        raise ValueError(f"a sharded matrix allows no robust, got {robust!r}")
+    if bounds is not None and isinstance(A.rows, LinearOperator):
+        raise ValueError("a sharded matrix of operators allows no bounds")
     if solver is not None and not isinstance(solver, (Auto, Dense, CGLS)):
         raise TypeError(f"solver must be Auto(), Dense(), CGLS() or None for a sharded matrix, got {solver!r}")
     iterating = solver.cgls if isinstance(solver, Auto) else solver
     for name in ("preconditioner", "callback"):
         if getattr(iterating, name, None) is not None:
             raise ValueError(f"a sharded matrix allows no {name} of CGLS, got {getattr(iterating, name)!r}")
-    if A.height < A.shape[1] and damp is None and rank_deficient == "raise":
+    if A.height < A.shape[1] and damp is None and bounds is None and rank_deficient == "raise":
         raise ValueError(
             "a sharded matrix with fewer rows than columns needs damp, or rank_deficient='minimum_norm', got shape "
             f"{A.shape}"

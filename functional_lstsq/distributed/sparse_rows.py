@@ -62,6 +62,15 @@ class ShardedRows(Static):
     def total(self, t: Tensor) -> Tensor:
         return total_of(t, self.ranks.name)
 
+    def norm(self, t: Tensor) -> Tensor:
+        return self.total(t.abs().square().sum(1)).sqrt()
+
+    def largest(self, t: Tensor) -> Tensor:
+        return self.ranks.max(super().largest(t).contiguous())
+
+    def anywhere(self, flag: Tensor) -> bool:
+        return not bool(self.ranks.everywhere(~flag))
+
     def shared(self, t: Tensor) -> Tensor:
         return shared_by(t, self.ranks.name)
 

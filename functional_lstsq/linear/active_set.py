@@ -22,8 +22,10 @@ from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
 from ..torch_func.primitive import Constant, define
+from .gradient import Static
 from .guess import guess
 from .pivoting import BY_DAMPING, Bounded, Judged, Problems, Tried, at_bounds, check_order, judge, left_of_shift
+from .settings import settings_of
 
 _PATIENCE = 3  # block exchanges in a row that may not lower the number of violations
 _SINGLES = 30  # single exchanges before the slower method
@@ -48,7 +50,7 @@ class _Search:
         self.active = torch.where(determined[:, None], self.active, self.cold)
         self.capped = weights
         if weights is not None:
-            finite = torch.where(weights.isinf(), 0.0, weights).amax(1, keepdim=True)
+            finite = problems.largest(torch.where(weights.isinf(), 0.0, weights))
             heavy = _HEAVY * torch.where(finite > 0, finite, 1.0)
             self.capped = torch.where(weights.isinf(), heavy, weights)
 
@@ -212,9 +214,14 @@ def _active_set(
     settings: str,
     on_failure: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problems = Bounded(values, weights, damp, b, lower, upper, indices, m, n, settings)
-    check_bounds(lower, upper, damp)
-    if not (len(b) and m and n):
+    static = Static(m, n, settings_of(settings), on_failure)
+    return find_scaled(Bounded(values, weights, damp, b, lower, upper, indices, static), on_failure)
+
+
+def find_scaled(problems: Bounded, on_failure: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `find_active_set`, in units in which columns are alike."""
+    check_bounds(problems.lower, problems.upper, problems.damp)
+    if not (len(problems.b) and problems.m and problems.n):
         return find_active_set(problems, on_failure)
     problems, exponents = problems.scaled()
     active, weak, multipliers, status = find_active_set(problems, on_failure, guess)

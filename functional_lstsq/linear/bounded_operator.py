@@ -79,6 +79,10 @@ class BoundedByProducts(NamedTuple):
     def n(self) -> int:
         return self.static.n
 
+    def largest(self, t: Tensor) -> Tensor:
+        """Of weights, which are multiplied in."""
+        raise NotImplementedError
+
     def take(self, which: Tensor) -> BoundedByProducts:
         """The problems of these numbers, in this order, as often as they are named."""
         tensors = [t[which] for t in self[2:7]]

@@ -9,7 +9,9 @@ its error: strict complementarity. Where it fails x has no derivative, and none 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,11 @@ from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, i
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
-from ..sparse.products import multiply
 from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
 from ..torch_func.tracing import concrete, is_traced
 from .active_set import ActiveSet, LeftOfShift
 from .arguments import Problem
-from .augmented import solve_augmented
+from .augmented import Solve
 from .bounded_operator import solve_each_by_products
 from .gradient import Static
 from .matrix_free import static_of
@@ -146,17 +147,28 @@ def _bound(problem: Problem, name: str, bound: Any) -> Tensor:
     return bound.T if bound.ndim == 2 else bound.expand(k, n)
 
 
-def solve_bounded(posed: Posed, on_failure: str) -> Found:
+class Ways(NamedTuple):
+    """How the problems of a sparse matrix are solved: what a solve is given, and the primitives."""
+
+    static: Static
+    active_set: type[ActiveSet]
+    strict: Callable[..., tuple[Tensor, Tensor]]
+
+
+def solve_bounded(posed: Posed, on_failure: str, ways: Ways | None = None) -> Found:
     """The solution; each column of b, with a free set of its own, is a matrix of a batch."""
     problem, lower, upper = posed
     A, (m, n), weights, settings = problem.A, problem.shape, problem.weights, settings_of(problem.settings)
     b = problem.b[:, None] if problem.b.ndim == 1 else problem.b
     k, b = b.shape[1], b.T[:, :, None]
     assert problem.damp is not None
+    ways = ways or Ways(Static(m, n, settings, on_failure), ActiveSet, partial(Strict.apply, Judged(on_failure)))
     rest = problem.damp.expand(k, n), b, lower, upper
     if isinstance(A, SparseMatrix):
-        static, of_each = Static(m, n, settings, on_failure), None if weights is None else weights.expand(k, m)
-        found, y, report = solve_each(static, A.values.expand(k, -1), of_each, *rest, A.pattern.indices)
+        of_each = None if weights is None else weights.expand(k, m)
+        found, y, report = solve_each(
+            ways.static, A.values.expand(k, -1), of_each, *rest, A.pattern.indices, ways.active_set
+        )
     else:
         found, y, report = _by_products(A, (m, n), weights, settings, on_failure, *rest)
     r, x, status, active, multipliers, weak = found
@@ -164,7 +176,7 @@ def solve_bounded(posed: Posed, on_failure: str) -> Found:
     inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
     x = torch.where((weak[:, :, None] != 0) & (active[:, :, None] == 0), inside, x)
     refused = weak.any(1) | (status != CONVERGED)
-    r, x = Strict.apply(Judged(on_failure), r, x, weak, refused.to(x.dtype))
+    r, x = ways.strict(r, x, weak, refused.to(x.dtype))
     x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
     numbers = _of_whole(report, y, x, status)
     columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
@@ -199,24 +211,24 @@ def solve_each(
     lower: Tensor,
     upper: Tensor,
     indices: Tensor,
+    active_set: type[ActiveSet] = ActiveSet,
 ) -> tuple[Found, Tensor, Tensor]:
     """(what is found, with a status (P,) for its numbers; x without its bounds, in parts, (P, n, parts); their report).
 
     Of P problems: weights (P, m), damp, lower and upper (P, n), b (P, m, 1).
     """
-    m, n, settings = static.m, static.n, static.settings
-    active, weak, multipliers, status = ActiveSet.apply(static, values, weights, damp, b, lower, upper, indices)
+    active, weak, multipliers, status = active_set.apply(static, values, weights, damp, b, lower, upper, indices)
     bound = at_bounds(active, lower, upper)[:, :, None]
     damp = torch.where(active != 0, torch.inf, damp)
     if weights is not None:
         # Where no set was found constraints may have no free unknown, which is refused for a whole batch.
         lost = (status != CONVERGED)[:, None] & weights.isinf()
         weights = torch.where(lost, 1.0, weights)
-    right = b - multiply(values, bound, indices, m, n, exact=True)
+    right = b - static.multiply(values, bound, indices, exact=True)
     lost = LeftOfShift.apply(static, values, bound, b, right, indices)[0]
-    if is_traced(lost) or bool((concrete(lost) != 0).any()):
+    if is_traced(lost) or static.anywhere((concrete(lost) != 0).any()):
         right = torch.cat([right, lost], 2)
-    r, y, report = solve_augmented(values, damp, right, None, indices, m, n, settings, static.on_failure, None, weights)
+    r, _, y, report, _ = Solve.apply(static, values, weights, damp, right, *(None,) * 4, indices, None)
     x = y.sum(2, keepdim=True) + bound
     return Found(r.sum(2, keepdim=True), x, status, active, multipliers, weak), y, report
 
@@ -241,13 +253,20 @@ class Judged:
 
 
 def _strict_kernel(r: Tensor, x: Tensor, weak: Tensor, refused: Tensor, on_failure: str, derivative: bool):
-    r, x = r.clone(), x.clone()
     if not derivative or not bool(refused.any()):
-        return r, x
-    gone = (refused != 0) & ((r != 0).any(2).any(1) | (x != 0).any(2).any(1))
+        return r.clone(), x.clone()
+    return without_refused(r, x, weak, refused, (r != 0).any(2).any(1), on_failure)
+
+
+def without_refused(
+    r: Tensor, x: Tensor, weak: Tensor, refused: Tensor, moved: Tensor, on_failure: str
+) -> tuple[Tensor, Tensor]:
+    """A derivative (r, x), where none is refused; `moved` (P,): whether r of any place is not zero."""
+    r, x = r.clone(), x.clone()
+    gone = (refused != 0) & (moved | (x != 0).any(2).any(1))
     if on_failure != "raise":
-        return tuple(torch.where(gone[:, None, None], torch.nan, t) for t in (r, x))
-    if bool(gone.any()):
+        r, x = (torch.where(gone[:, None, None], torch.nan, t) for t in (r, x))
+    elif bool(gone.any()):
         p = int(gone.nonzero()[0, 0])
         places = weak[p].nonzero()[:, 0].tolist()
         which = ", ".join(str(j) for j in places[:5]) + (", ..." if len(places) > 5 else "")

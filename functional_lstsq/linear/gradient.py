@@ -62,6 +62,18 @@ class Static:
         """t, a sum over the rows that are here, summed over all places."""
         return t
 
+    def norm(self, t: Tensor) -> Tensor:
+        """The norm (P, k) of each column over the rows (P, m, k) of all places."""
+        return torch.linalg.vector_norm(t, dim=1)
+
+    def largest(self, t: Tensor) -> Tensor:
+        """The largest (P, 1) of the numbers (P, m) of the rows of all places, which are not negative; 0 of none."""
+        return t.amax(1, keepdim=True) if t.shape[1] else t.new_zeros((len(t), 1))
+
+    def anywhere(self, flag: Tensor) -> bool:
+        """Whether a flag holds in any place."""
+        return bool(flag)
+
     def shared(self, t: Tensor) -> Tensor:
         """t, the same in all places, where it meets the rows that are here: its cotangent is summed over all places."""
         return t

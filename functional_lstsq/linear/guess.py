@@ -29,11 +29,11 @@ def guess(problems: Bounded, active: Tensor) -> Tensor:
 
 
 def _guess(problems: Bounded, active: Tensor) -> Tensor:
-    values, weights, damp, b, lower, upper, indices, m, n, _ = problems
+    values, weights, damp, b, lower, upper, indices, static = problems
     root = None if weights is None else weights.sqrt()
-    A = Operator(find_pattern(indices, m, n), values if root is None else values * root[:, indices[0]])
-    h = A.adjoint(b if root is None else root[:, :, None] * b)[:, :, 0]
-    G = A.gram()
+    A = Operator(find_pattern(indices, static.m, static.n), values if root is None else values * root[:, indices[0]])
+    h = static.total(A.adjoint(b if root is None else root[:, :, None] * b))[:, :, 0]
+    G = static.total(A.gram())
     G.diagonal(dim1=1, dim2=2).add_(torch.where(damp.isinf(), 0.0, damp).square())
     usual = (h.isfinite() & G.isfinite().all(2)).all(1)  # not of infinite weights, say
     found = small_kernels.guess_active(torch.where(usual[:, None, None], G, 0.0), h, lower, upper, active)

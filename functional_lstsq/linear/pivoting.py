@@ -10,6 +10,7 @@ the errors that the solve claims, so that three things may be said of each unkno
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,8 +24,7 @@ from ..sparse.exact_products import ExactProducts
 from ..sparse.numerics import ldexp
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
-from ..sparse.products import multiply
-from .kernel import solve_kernel
+from .gradient import Static
 
 BY_DAMPING = 2  # the mark of an unknown that an infinite damping pins at zero; -1 and 1 are the bounds, 0 is free
 
@@ -39,14 +39,25 @@ class Bounded(NamedTuple):
     lower: Tensor
     upper: Tensor
     indices: Tensor
-    m: int
-    n: int
-    settings: str
+    static: Static
+
+    @property
+    def m(self) -> int:
+        """How many rows there are in all places."""
+        return self.static.height
+
+    @property
+    def n(self) -> int:
+        return self.static.n
+
+    def largest(self, t: Tensor) -> Tensor:
+        """The largest (P, 1) of numbers (P, m)."""
+        return self.static.largest(t)
 
     def take(self, which: Tensor) -> Bounded:
         """The problems of these numbers, in this order, as often as they are named."""
         tensors = (None if t is None else t[which] for t in self[:6])
-        return Bounded(*tensors, *self[6:])  # type: ignore[call-arg,arg-type]
+        return Bounded(*tensors, self.indices, self.static)  # type: ignore[call-arg,arg-type]
 
     def attempt(self, active: Tensor) -> Tried:
         """Solve with the unknowns pinned that are not 0 in `active` (P, n)."""
@@ -57,11 +68,11 @@ class Bounded(NamedTuple):
 
         Errors of x are known in its norm; in these units one unknown does not hide another.
         """
-        m, n, indices = self.m, self.n, self.indices
-        weights = self.values.new_ones((len(self.values), m)) if self.weights is None else self.weights
-        largest = torch.where(weights.isinf(), 0.0, weights).amax(1, keepdim=True)
+        static, indices = self.static, self.indices
+        weights = self.values.new_ones((len(self.values), static.m)) if self.weights is None else self.weights
+        largest = self.largest(torch.where(weights.isinf(), 0.0, weights))
         weights = (weights / torch.where(largest > 0, largest, 1.0)).clamp(max=1.0)
-        norms = multiply(self.values.square(), weights[:, :, None], indices, m, n, adjoint=True)[:, :, 0].sqrt()
+        norms = static.multiply(self.values.square(), weights[:, :, None], indices, adjoint=True)[:, :, 0].sqrt()
         usual = norms.isfinite() & (norms > 0)
         e = torch.where(usual, torch.frexp(torch.where(usual, norms, 1.0)).exponent, 0)
         of_entries = e.gather(1, indices[1].expand(len(e), -1))
@@ -92,6 +103,8 @@ class Problems(Protocol):
 
     @property
     def n(self) -> int: ...
+
+    def largest(self, t: Tensor) -> Tensor: ...
 
     def take(self, which: Tensor) -> Problems: ...
 
@@ -153,18 +166,17 @@ def attempt(problems: Bounded, active: Tensor) -> Tried:
 
 
 def _attempt(problems: Bounded, active: Tensor) -> Tried:
-    values, weights, damp, b, lower, upper, indices, m, n, settings = problems
+    values, weights, damp, b, lower, upper, indices, static = problems
     bound = at_bounds(active, lower, upper)[:, :, None]
     right = b
     if bool((bound != 0).any()):
-        right = b - multiply(values, bound, indices, m, n, exact=True)
-        right = torch.cat([right, left_of_shift(values, bound, b, right, indices, m, n)], 2)
+        right = b - static.multiply(values, bound, indices, exact=True)
+        right = torch.cat([right, left_of_shift(values, bound, b, right, indices, static.m, static.n)], 2)
     pinned = torch.where(active != 0, torch.inf, damp)
-    r, s, x, numbers, _ = solve_kernel(
-        values, weights, pinned, right, None, None, None, None, indices, m, n, settings, "return"
-    )
+    tensors = [values, weights, pinned, right, None, None, None]
+    r, s, x, numbers, _ = replace(static, on_failure="return").solve(tensors, None, indices)
     report, s = Report(*numbers.unbind(1)), r if weights is None else s
-    sizes = tuple(torch.linalg.vector_norm(t, dim=1) for t in (x, s))
+    sizes = torch.linalg.vector_norm(x, dim=1), static.norm(s)
     # The rounding of results to the user's precision is no error of these, which are in double precision. What is zero
     # but for rounding is as large as its error.
     of_x = (report.solution_error - report.rounding).clamp_min(0) + EPS
@@ -176,15 +188,16 @@ def _attempt(problems: Bounded, active: Tensor) -> Tried:
     ]
     x, s = x.sum(2) + bound[:, :, 0], s.sum(2)[:, :, None]
     finite = torch.where(damp.isinf(), 0.0, damp).square()
-    columns = multiply(values.square(), torch.ones_like(s), indices, m, n, adjoint=True)[:, :, 0].sqrt()
-    terms = multiply(values.abs(), s.abs(), indices, m, n, adjoint=True)[:, :, 0] + finite * x.abs()
-    count = int(find_pattern(indices, m, n).T.rows.pointers.diff().max()) if indices.shape[1] else 0
+    columns = static.multiply(values.square(), torch.ones_like(s), indices, adjoint=True)[:, :, 0].sqrt()
+    terms = static.multiply(values.abs(), s.abs(), indices, adjoint=True)[:, :, 0] + finite * x.abs()
+    count = int(find_pattern(indices, static.m, static.n).T.rows.pointers.diff().max()) if indices.shape[1] else 0
+    count = int(static.total(torch.tensor(float(count), device=x.device)))
     of_s = torch.where(columns > 0, columns * errors[1], 0.0)
-    g = multiply(values, s, indices, m, n, adjoint=True)[:, :, 0] - finite * x
+    g = static.multiply(values, s, indices, adjoint=True)[:, :, 0] - finite * x
     error_of_g = of_s + (count + 2) * EPS * terms
     if bool(((active.abs() == 1) & (g.abs() <= error_of_g)).any()):
         # Sums of terms that cancel; an exact one has the rounding of each term of s, which is not in its norm's error.
-        g = multiply(values, s, indices, m, n, adjoint=True, exact=True)[:, :, 0] - finite * x
+        g = static.multiply(values, s, indices, adjoint=True, exact=True)[:, :, 0] - finite * x
         error_of_g = of_s + 2 * EPS * terms
     deficient = (report.status == RANK_DEFICIENT).any(1) | ~(x.isfinite().all(1) & g.isfinite().all(1))
     return Tried(x, g, errors[0] + EPS * x.abs(), error_of_g.nan_to_num(nan=torch.inf), deficient)
