@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.studies import covariance_together, is_sharded, leverage_together
 from .hat_matrix import BLOCK, NONE, Options, hat_diagonal, options_of, posed, solved, with_factors
 from .linear.factorization import Factorization
 from .linear.posed import rounded, run, shaped
@@ -42,7 +43,8 @@ def leverage(
     """The diagonal of the hat matrix H = A (A^H W A)^-1 A^H W: how much each row decides its own fit, from 0 to 1.
 
     Args:
-        A: (m, n) SparseMatrix or torch sparse tensor, m >= n, of full rank; or what `factorize` gives.
+        A: (m, n) SparseMatrix or torch sparse tensor, m >= n, of full rank; or what `factorize` gives; or what
+            `distributed.shard_rows` does, with the leverages of a rank's rows, and without samples.
         weights: (m,) as in `lstsq`, or None.
         solver, rank_tolerance, progress: as in `lstsq`.
         rank_deficient: "raise", or "minimum_norm" for an A without full rank, as two-way dummies are, of which one is
@@ -67,6 +69,10 @@ def leverage(
     >>> fl.leverage(A)
     tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
+    if is_sharded(A):
+        if samples is not None:
+            raise ValueError("a sharded matrix allows no samples")
+        return leverage_together(A, weights, solver, rank_deficient, rank_tolerance)
     options = options_of(weights, solver, rank_deficient, rank_tolerance)
     if samples is None:
         return hat_diagonal(with_factors(_tall(A), options))[0]
@@ -176,6 +182,8 @@ def covariance(
     tensor([[0.0000],
             [1.5000]], dtype=torch.float64)
     """
+    if is_sharded(A) and b is None and kind is None and groups is None:
+        return covariance_together(A, columns, weights, solver, rank_deficient, rank_tolerance)
     A = _tall(A)
     options = options_of(weights, solver, rank_deficient, rank_tolerance)
     columns = checked_columns(columns, A.shape[1], A.device)
@@ -233,6 +241,8 @@ def covariance_diagonal(
     >>> fl.covariance_diagonal(A)
     tensor([0.2500, 0.5000], dtype=torch.float64)
     """
+    if is_sharded(A) and b is None and kind is None and groups is None:
+        return covariance_together(A, None, weights, solver, rank_deficient, rank_tolerance)
     A = _tall(A)
     kept = with_factors(A, options_of(weights, solver, rank_deficient, rank_tolerance))
     if b is not None or kind is not None or groups is not None:
@@ -245,7 +255,7 @@ def covariance_diagonal(
 def _tall(A: SparseMatrix | Factorization | Tensor) -> SparseMatrix | Factorization:
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
-    if not isinstance(A, (SparseMatrix, Factorization)):
+    if not isinstance(A, (SparseMatrix, Factorization)) or is_sharded(A):
         raise TypeError(f"A must be a SparseMatrix or a torch sparse tensor, got {type(A).__name__}")
     if A.shape[0] < A.shape[1]:
         raise ValueError(f"A must have at least as many rows as columns, got shape {A.shape}")

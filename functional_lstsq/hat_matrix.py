@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kept_factors import FACTOR
+from .distributed.studies import FACTOR
 from .linear.arguments import Problem, pose
 from .linear.factorization import Factorization, unprepared
 from .linear.posed import rounded, run, shaped

@@ -8,22 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.matrix import ShardedMatrix
+from .distributed.studies import FACTOR, factorize_together
 from .linear.arguments import pose
 from .linear.factorization import Factorization, unprepared
 from .linear.posed import run
 from .linear.settings import check_solver
 from .result import Report, info_of
-from .solvers import Auto
 from .sparse.matrix import SparseMatrix
 from .sparse.numerics import noise
 from .torch_func.tracing import is_traced, sparse_beside_graph
 
-FACTOR = Auto(factor=True)
-
 
 @sparse_beside_graph
 def factorize(
-    A: SparseMatrix | Tensor,
+    A: SparseMatrix | ShardedMatrix | Tensor,
     *,
     damp: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -38,7 +37,7 @@ def factorize(
     of a solve with A. (A batch of right-hand sides that are all known is faster in one call, as columns or by vmap.)
 
     Args:
-        A: (m, n) SparseMatrix or torch sparse tensor.
+        A: (m, n) SparseMatrix or torch sparse tensor; or a `distributed.ShardedMatrix` with entries.
         damp, weights, rank_deficient, rank_tolerance: as in `lstsq`, decided here for all solves.
         solver: as in `lstsq`; None is `Auto(factor=True)`, which factors where the factors fit into memory.
 
@@ -63,6 +62,8 @@ def factorize(
     >>> F.info.method
     'dense-cholesky'
     """
+    if isinstance(A, ShardedMatrix):
+        return factorize_together(A, damp, weights, solver, rank_deficient, rank_tolerance)
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
     if not isinstance(A, SparseMatrix):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .distributed.matrix import ShardedMatrix
 from .distributed.solve import solve_sharded
+from .distributed.studies import is_sharded
 from .fits.report import RobustInfo
 from .fits.robust import fit_robustly
 from .linear.arguments import Problem, in_vectors, pose
@@ -132,7 +133,7 @@ def _lstsq(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     given = A, b, damp, weights, robust, solver, rank_deficient, refine, x0
     if isinstance(A, LinearOperator) and torch.compiler.is_dynamo_compiling():
         return solve_in_graph(*given, rank_tolerance, throw=True).x
-    if isinstance(A, ShardedMatrix):
+    if is_sharded(A):
         return solve_sharded(*given, rank_tolerance, bounds, throw=True).x
     problem = pose(*given, rank_tolerance=rank_tolerance, bounds=bounds)
     if bounds is not None:
@@ -208,7 +209,7 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
     given, found = (A, b, damp, weights, robust, solver, rank_deficient, refine, x0), None
     if isinstance(A, LinearOperator) and torch.compiler.is_dynamo_compiling():
         return solve_in_graph(*given, rank_tolerance, throw=throw)
-    if isinstance(A, ShardedMatrix):
+    if is_sharded(A):
         return solve_sharded(*given, rank_tolerance, bounds, throw=throw)
     problem = pose(*given, rank_tolerance=rank_tolerance, throw=throw, bounds=bounds)
     if bounds is not None:
@@ -222,8 +223,9 @@ def _solve(A, b, damp, weights, robust, solver, rank_deficient, rank_tolerance, 
 
 
 _NO_GRAPH = (
-    "torch.compile cannot take bounds=, robust=, x and b that are pytrees, a sharded matrix or a torch sparse tensor; "
-    "compile what makes the arguments, for a sparse tensor SparseMatrix.from_torch"
+    "torch.compile cannot take bounds=, robust=, x and b that are pytrees, a sharded matrix of operators or with "
+    "factors that are kept, or a torch sparse tensor; compile what makes the arguments, for a sparse tensor "
+    "SparseMatrix.from_torch"
 )
 _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_solve, _NO_GRAPH)
 
@@ -231,9 +233,11 @@ _lstsq_beside, _solve_beside = beside_graph(_lstsq, _NO_GRAPH), beside_graph(_so
 def is_beside(A: Any, robust: Any, bounds: Any = None) -> bool:
     """Whether Dynamo is tracing what it cannot take, or would try to, function by function."""
     beyond = robust is not None or bounds is not None
-    if torch.compiler.is_dynamo_compiling() and isinstance(A, LinearOperator) and A.trees is None and not beyond:
+    in_whole = isinstance(A, LinearOperator) and A.trees is None
+    in_whole = in_whole or (isinstance(A, ShardedMatrix) and isinstance(A.rows, SparseMatrix))
+    if torch.compiler.is_dynamo_compiling() and in_whole and not beyond:
         return not is_whole_graph()
-    beyond = beyond or isinstance(A, (LinearOperator, ShardedMatrix, Tensor))
+    beyond = beyond or isinstance(A, (LinearOperator, Tensor)) or is_sharded(A)
     return beyond and (torch.compiler.is_dynamo_compiling() or is_watched())
 
 

@@ -261,6 +261,64 @@ def bounded(place):
     return {"same": same, "rows": [found.residual, bars[1], bars[4]], "entries": [place.entries_of(bars[0])]}
 
 
+def kept(place):
+    """Factors that are kept serve solves, derivatives and studies, and none when values have changed."""
+    F = fl.factorize(place.A, weights=place.weights, damp=0.1)
+    once = fl.lstsq(F, place.b)
+    again = fl.lstsq(F, place.b.cos())
+    by_b = grad(lambda b: fl.lstsq(F, b).sin().sum())(place.b)
+    by_columns = torch.vmap(lambda b: fl.lstsq(F, b))(torch.stack([place.b, place.b.exp()]))
+    assert F.info is not None
+    by_values = grad(lambda v: fl.lstsq(fl.factorize(place.matrix(v)), place.b).sin().sum())(place.values)
+    values = place.values.clone()
+    changing = fl.factorize(place.matrix(values))
+    early = place.pattern.indices[0] + place.first < place.m // 2
+    if early.any():  # on the first ranks alone
+        values[early] *= 2
+    return {"same": [once, again, by_columns, fl.lstsq(changing, place.b)], "rows": [by_b], "entries": [by_values]}
+
+
+def studied(place):
+    def of_all(A, weights):
+        variances, columns = fl.covariance_diagonal(A, weights), fl.covariance(A, [1, 3], weights)
+        return variances.sin().sum() + columns.cos().sum() + place.total(fl.leverage(A, weights).square().sum())
+
+    by_A, by_weights = grad(of_all, (0, 1))(place.A, place.weights)
+    F = fl.factorize(place.A)
+    same = [fl.covariance_diagonal(place.A, place.weights), fl.covariance(F, [0, 2])]
+    rows = [fl.leverage(place.A), fl.leverage(place.A, place.weights), fl.leverage(F), by_weights]
+    return {"same": same, "rows": rows, "entries": [place.entries_of(by_A)]}
+
+
+def ill_conditioned_leverage(place):
+    return {"rows": [fl.leverage(place.A), fl.leverage(place.A, place.weights)]}
+
+
+def compiled(place):
+    """Whole graphs, which all ranks make of their own rows."""
+
+    def of_A(A, b):
+        return grad(lambda A: fl.lstsq(A, b).sin().sum())(A)
+
+    def of_columns(A, b):
+        return torch.vmap(lambda b: fl.lstsq(A, b, damp=0.1))(torch.stack([b, b.cos()]))
+
+    def of_weights(A, b, weights):
+        return grad(partial(loss, place, "auto"), (1, 2))(A, b, weights, 0.2)
+
+    def whole(function, *given):
+        if place.alone:
+            return function(place.A, place.b, *given)
+        return torch.compile(function, fullgraph=True, backend="aot_eager")(place.A, place.b, *given)
+
+    same = [whole(fl.lstsq), whole(of_columns)]
+    return {
+        "same": same,
+        "rows": [*whole(of_weights, place.weights)],
+        "entries": [place.entries_of(whole(of_A))],
+    }
+
+
 def with_pinned(place):
     """Infinite dampings pin unknowns at zero."""
     n = place.A.shape[1]
@@ -390,7 +448,11 @@ CASES = {  # name: (case, what the problem is)
     "float32, of the residual": (of_a_small_residual, {"dtype": torch.float32}),
     "ill-conditioned gradient": (ill_conditioned_gradient, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
     "wide with damp": (wide, {"m": 6, "n": 8}),
+    "whole graphs": (compiled, {}),
     "bounds": (bounded, {}),
+    "factors that are kept": (kept, {}),
+    "leverage and covariance": (studied, {}),
+    "leverage, ill-conditioned": (ill_conditioned_leverage, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
     "bounds, wide": (bounded, {"m": 6, "n": 8}),
     "constraints": (constrained, {}),
     "pinned unknowns": (with_pinned, {}),
@@ -450,6 +512,11 @@ def _refusals(rank):
     differ, by_products = partial(of_rank, rank), Place("even", by_products=True).A
     calls = []
 
+    def in_graph(A, b, weights=None):
+        return fl.lstsq(A, b, weights=weights)
+
+    graph = torch.compile(in_graph, fullgraph=True, backend="eager")
+
     def failing(A, x):
         calls.append(x)
         if len(calls) > 2:
@@ -495,7 +562,15 @@ def _refusals(rank):
         "Direct": lambda: fl.lstsq(A, b, solver=fl.Direct()),
         "a preconditioner": lambda: fl.lstsq(A, b, solver=fl.CGLS(preconditioner=lambda g: g)),
         "a callback": lambda: fl.lstsq(A, b, solver=fl.CGLS(callback=print)),
-        "factorize": lambda: fl.factorize(A),
+        "factors of an operator": lambda: fl.factorize(by_products),
+        "leverage of an operator": lambda: fl.leverage(by_products),
+        "a sandwich": lambda: fl.covariance(A, [0], b=b, kind="HC1"),
+        "NaN in a graph": lambda: graph(A, differ(bad, b)),
+        "negative weights in a graph": lambda: graph(A, b, differ(-1.0, 1.0) * place.weights),
+        "another dtype in a graph": lambda: graph(place.matrix(A.values.float()), differ(b.float(), b)),
+        "samples": lambda: fl.leverage(A, samples=3),
+        "other columns": lambda: fl.covariance(A, differ([0], [1])),
+        "columns that are none": lambda: fl.covariance(A, differ([9], [1])),
         "wide": lambda: fl.lstsq(Place("even", m=6).A, b[:3]),
         "an operator and entries": lambda: fl.distributed.shard_rows(differ(by_products.rows, A.rows)),
         "a matvec that fails": lambda: fl.lstsq(operator(differ(failing, multiplied)), b),
@@ -527,6 +602,8 @@ def work_until_lost(rank, size, folder, how):
         if calls == 30:
             if how == "dies":
                 os._exit(1)
+            if how == "raises":
+                raise ValueError("of this rank alone")
             time.sleep(6)
         return whole(ranks, t)
 

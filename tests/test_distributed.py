@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing
-from helpers import close
+from helpers import close, problem
 from sharded import CASES, SPLITS, Place, work, work_until_lost
 
 import functional_lstsq as fl
@@ -112,7 +112,15 @@ REFUSALS = {  # name: (what is raised, words of the message)
     "Direct": (TypeError, "solver must be Auto(), Dense(), CGLS() or None for a sharded matrix, got Direct("),
     "a preconditioner": (ValueError, "a sharded matrix allows no preconditioner of CGLS"),
     "a callback": (ValueError, "a sharded matrix allows no callback of CGLS"),
-    "factorize": (TypeError, "A must be a SparseMatrix or a torch sparse tensor, got ShardedMatrix"),
+    "factors of an operator": (TypeError, "A must have entries, got a ShardedMatrix of operators"),
+    "leverage of an operator": (TypeError, "A must have entries, got a ShardedMatrix of operators"),
+    "a sandwich": (TypeError, "A must be a SparseMatrix or a torch sparse tensor, got ShardedMatrix"),
+    "NaN in a graph": (ValueError, "on rank 1: b of the augmented system holds NaN or infinity"),
+    "negative weights in a graph": (ValueError, "on rank 1: weights must not be negative"),
+    "another dtype in a graph": (ValueError, "what is solved for must be the same on all ranks"),
+    "samples": (ValueError, "a sharded matrix allows no samples"),
+    "other columns": (ValueError, "columns must be the same on all ranks, got [1] on rank 0 and [0] on rank 1"),
+    "columns that are none": (ValueError, "on rank 1: columns must lie between 0 and 7, got 9 to 9"),
     "wide": (
         ValueError,
         "a sharded matrix with fewer rows than columns needs damp, or rank_deficient='minimum_norm', got shape (6, 8)",
@@ -139,7 +147,7 @@ def test_all_ranks_raise_the_same_error(on_ranks, name):
     assert REFUSALS[name][1] in message
 
 
-@pytest.mark.parametrize("how", ["dies", "sleeps"])
+@pytest.mark.parametrize("how", ["dies", "sleeps", "raises"])
 def test_a_lost_rank_ends_the_others_within_the_timeout(tmp_path, how):
     context = torch.multiprocessing.spawn(work_until_lost, (2, str(tmp_path), how), 2, join=False)
     for process in context.processes:
@@ -172,14 +180,33 @@ def test_sums_over_ranks_compile_in_one_graph():
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_solve_is_refused_by_a_whole_graph():
-    A, b = fl.distributed.shard_rows(fl.eye(2)), torch.ones(2)
-    with pytest.raises(RuntimeError, match=r"torch\.compile cannot take .* a sharded matrix"):
-        torch.compile(lambda b: fl.lstsq(A, b), fullgraph=True, backend="eager")(b)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lstsq", "grad", "vmap"])
+def test_a_solve_compiles_in_one_graph(backend, name):
+    pattern, values, b = problem(12, 4)
+    A = fl.distributed.shard_rows(fl.SparseMatrix(values, pattern))
+    function = {
+        "lstsq": fl.lstsq,
+        "grad": lambda A, b: torch.func.grad(lambda A: fl.lstsq(A, b).sin().sum())(A).values,
+        "vmap": lambda A, b: torch.vmap(lambda b: fl.lstsq(A, b))(torch.stack([b, b.cos()])),
+    }[name]
+    torch._dynamo.reset()
+    close(torch.compile(function, fullgraph=True, backend=backend)(A, b), function(A, b), 1e-12)
 
 
 @pytest.mark.usefixtures("group_of_one")
-@pytest.mark.parametrize("function", [fl.leverage, fl.factorize, lambda A: fl.weakest(A, 1), lambda A: fl.vstack([A])])
+def test_what_no_whole_graph_takes_is_refused():
+    A, b = fl.distributed.shard_rows(fl.eye(2)), torch.ones(2)
+    by_products = fl.distributed.shard_rows(fl.LinearOperator(lambda d, x: d * x, torch.ones(2), 2))
+    for given, options in ((by_products, {}), (fl.factorize(A), {}), (A, {"bounds": (0, 1)})):
+        with pytest.raises(RuntimeError, match=r"torch\.compile cannot take .* a sharded matrix"):
+            torch.compile(lambda b, A=given, o=options: fl.lstsq(A, b, **o), fullgraph=True, backend="eager")(b)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    "function", [lambda A: fl.leave_one_out(A, torch.ones(2)), lambda A: fl.weakest(A, 1), lambda A: fl.vstack([A])]
+)
 def test_what_takes_no_sharded_matrix_says_so(function):
     with pytest.raises(TypeError, match=r"must be .* torch sparse tensors?, got .*ShardedMatrix"):
         function(fl.distributed.shard_rows(fl.eye(2)))

@@ -5,6 +5,7 @@ bit. All ranks run the same program.
 
 - matrix: `ShardedMatrix`, the matrix that `shard_rows` makes of the rows of each rank.
 - solve: what `lstsq` and `solve` are asked of a sharded matrix, checked.
+- studies: `factorize`, `leverage` and `covariance` of it.
 - sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
 - heavy_rows: rows of all ranks that weigh much more than others, constraints above all.
 - bounds: bounds of the unknowns of such a matrix.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.factor_cache import Holder
+from ..linear.factor_cache import Holder, is_kept
 from ..linear.low_parts import LOW
 from .ranks import digest
 
@@ -35,7 +35,8 @@ def solve_together(
         asked: (indices, values) by which factors are found.
         solve: takes b, e, c and a token.
     """
-    ranks, wanted, lenient = static.ranks, static.settings, token is not None and static.on_failure != "raise"
+    ranks, wanted, forward = static.ranks, static.settings, token is None or is_kept(token)
+    lenient = not forward and static.on_failure != "raise"
     device = next(t for t in columns.values() if t is not None).device
 
     def check() -> tuple[None, Mapping[str, object]]:
@@ -44,8 +45,11 @@ def solve_together(
             # Infinite weights make constraints, of rows whose entries are known.
             sound = (~t.isnan() if name == "weights" else t.isfinite() for t in tensors)
             if not all(bool(flags.all()) for flags in sound):
-                what = f"{name} of the augmented system" if token is None else "what came in for a derivative"
+                what = f"{name} of the augmented system" if forward else "what came in for a derivative"
                 raise ValueError(f"{what} holds NaN or infinity")
+        for name, t in (("weights", dict(own).get("weights", (None,))[0]), ("damp", damp)):
+            if t is not None and bool((t < 0).any()):
+                raise ValueError(f"{name} must not be negative, got {float(t.min()):g}")
         given = {name: None if t is None else (len(t), t.shape[2]) for name, t in columns.items()}
         start = known if known is not None and known.shape[1] == static.n else None
         alike = {"x0": start, "damp": damp, "the cotangent of x, which is shared, or the tangent of damp": columns["c"]}
@@ -62,11 +66,11 @@ def solve_together(
     if token is not None:
         # Another rank's values may have been changed in place since, and it makes factors anew.
         serves = Holder.of(token).serves(wanted, *asked, damp)
+        serves = serves or (forward and not Holder.of(token).is_filled)
         if not bool(ranks.everywhere(torch.tensor(serves, device=device))):
-            token = torch.full((1,), _GONE, dtype=torch.int64, device="cpu")
-    r, s, x, report, token = solve(b, e, c, token)
+            token = None if forward else torch.full((1,), _GONE, dtype=torch.int64, device="cpu")
+    r, s, x, report, made = solve(b, e, c, token)
     ranks.checked(lambda: (None, {"the solution": digest(x), "its report": digest(report)}), device)
     if unknown is not None and static.on_failure != LOW:
         r, s, x = (torch.where(unknown[:, None], torch.nan, t) for t in (r, s, x))
-    assert token is not None
-    return r, s, x, report, token
+    return r, s, x, report, made

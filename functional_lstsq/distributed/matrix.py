@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
+from ..sparse.pattern import SparsePattern
 from ..torch_func.layouts import LAYOUTS
 from .collectives import shared_by, total_of, zero_of
 from .ranks import Ranks
@@ -42,6 +43,13 @@ class ShardedMatrix:
         if isinstance(self.rows, LinearOperator):
             raise AttributeError("a ShardedMatrix of operators has no values, but rows.params")
         return self.rows.values
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """The pattern of this rank's rows, where these have entries."""
+        if isinstance(self.rows, LinearOperator):
+            raise AttributeError("a ShardedMatrix of operators has no pattern")
+        return self.rows.pattern
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,8 +104,11 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
     parameters of operators too, and so does x where it enters a part of the loss that `total` sums up. Solvers are
     `Auto()`, `Dense()` and `CGLS()`, of operators `CGLS()`.
 
-    Not to be had are `robust`, `factorize`, `Direct()`, CGLS with a preconditioner or a callback, bounds of operators,
-    fewer rows in all than columns without damping or rank_deficient="minimum_norm", and `torch.compile`.
+    `factorize`, `leverage` and `covariance` (but for sandwiches) take it too, where its rows have entries.
+
+    Not to be had are `robust`, `Direct()`, CGLS with a preconditioner or a callback, bounds of operators,
+    fewer rows in all than columns without damping or rank_deficient="minimum_norm"; and in whole graphs of
+    `torch.compile`, which all ranks must compile alike, bounds, operators and factors that are kept.
     A derivative in forward mode is along one direction of all ranks together: `jacfwd` by what is a rank's own would
     move an entry of each rank at once, and is for what is the same on all ranks.
 

@@ -3,34 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..linear.arguments import Problem, in_vectors, pose
-from ..linear.augmented import Solve
 from ..linear.bounds import Posed, pose_bounds
+from ..linear.factorization import Factorization
 from ..linear.matrix_free import static_of
-from ..linear.settings import Settings, settings_of
+from ..linear.posed import rounded, shaped
 from ..result import Report, Solution, info_of
 from ..solvers import CGLS, Auto, Dense
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
-from ..sparse.precision import convert
 from .bounds import solve_bounded_together
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
-from .sparse_rows import ShardedRows
+from .ranks import Ranks
+from .sparse_rows import solve_rows
+
+
+class Together(NamedTuple):
+    """A problem of all ranks, checked by all of them; `problem` is that of the rows that are here."""
+
+    problem: Problem
+    height: int
+    ranks: Ranks
+    bounded: Posed | None
+
+    def run(self, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(r, x, report) of K (r, x) = (b, c), as `linear.posed.run`."""
+        problem = self.problem
+        b, weights = problem.b, None if problem.weights is None else problem.weights[None]
+        b = b[None] if b.ndim == 2 else b[None, :, None]
+        start = None if problem.x0 is None else problem.x0.reshape(1, problem.x0.shape[0], b.shape[2])
+        damp = None if problem.damp is None else problem.damp.reshape(1, -1)
+        if isinstance(problem.A, SparseMatrix):
+            values, (m, n), indices = problem.A.values[None], problem.A.pattern.shape, problem.A.pattern.indices
+            slots = weights, damp, b, c, start, problem.kept
+            of_ranks = self.height, self.ranks.name, problem.settings, on_failure
+            return solve_rows(values, *slots, indices, m, n, *of_ranks)
+        of_rows, leaves = static_of(problem.A, *problem.shape, problem.settings, on_failure)
+        of_all = over_ranks(of_rows, self.height, self.ranks)
+        every = (leaf[None] for leaf in leaves)
+        found = SolveOverRanks.apply(of_all, damp, weights, b, None, c, start, None, *every)
+        return found[0], found[2], found[3]
+
+
+def pose_together(
+    A: ShardedMatrix | Factorization, b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance,
+    bounds, *, throw: bool = True, of: str | None = None,
+) -> Together:  # fmt: skip
+    """As `linear.arguments.pose`, on all ranks together, before any work."""
+    matrix: ShardedMatrix = A.A if isinstance(A, Factorization) else A  # type: ignore[assignment]
+
+    def checked() -> tuple[Together, Mapping[str, object]]:
+        given = b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds
+        return _checked(A, matrix, *given, throw=throw, of=of)
+
+    # In a graph nothing is known but shapes: the solve checks numbers, and ranks check each other, when it runs.
+    return checked()[0] if torch.compiler.is_dynamo_compiling() else matrix.ranks.checked(checked, matrix.device)
+
+
+def _checked(
+    A, matrix: ShardedMatrix, b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds,
+    *, throw: bool, of: str | None,
+) -> tuple[Together, Mapping[str, object]]:  # fmt: skip
+    kept = None
+    if isinstance(A, Factorization):
+        others = {"weights": weights, "solver": solver, "rank_tolerance": rank_tolerance}
+        A.require_alone(rank_deficient, damp=damp, robust=robust, bounds=bounds, **others)
+        _, damp, weights, solver, rank_deficient, rank_tolerance, kept = A.given
+    _refuse(matrix, damp, robust, solver, rank_deficient, bounds)
+    problem = pose(
+        matrix.rows, b, damp, weights, None, solver, rank_deficient, refine, x0,
+        rank_tolerance=rank_tolerance, throw=throw, bounds=bounds, of=of, part=True,
+    )  # fmt: skip
+    problem = problem._replace(kept=kept)
+    bounded = None if bounds is None else pose_bounds(problem, bounds, robust)
+    facts = {
+        "the dtype of the solution": problem.dtype,
+        "solver, refine, rank_deficient and rank_tolerance": problem.settings,
+        "the columns of b": tuple(b.shape[1:]),
+        "the shape of damp": None if problem.damp is None else tuple(problem.damp.shape),
+        "whether there are weights": weights is not None,
+        "whether there is x0": x0 is not None,
+        "throw": throw,
+    }
+    return Together(problem, matrix.height, matrix.ranks, bounded), facts
 
 
 def solve_sharded(
-    A: ShardedMatrix, b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds,
-    *, throw: bool,
+    A: ShardedMatrix | Factorization, b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance,
+    bounds, *, throw: bool,
 ) -> Solution:  # fmt: skip
-    """`solve` for a sharded matrix; arguments are checked on all ranks together, before any work."""
-    rows = A.rows
-    if isinstance(rows, LinearOperator) and rows.trees is not None:
+    """`solve` for a sharded matrix."""
+    rows = None if isinstance(A, Factorization) else A.rows
+    if isinstance(A, ShardedMatrix) and isinstance(rows, LinearOperator) and rows.trees is not None:
         of_x, of_b = rows.trees
         of_trees = rows, b, damp, weights, x0, bounds
         given = A.ranks.checked(lambda: (in_vectors(*of_trees), {}), A.device)
@@ -39,67 +109,15 @@ def solve_sharded(
         others = robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds
         x, residual, info = solve_sharded(of_vectors, b, damp, weights, *others, throw=throw)
         return Solution(of_x.tree(x), of_b.tree(residual), info)
-
-    def checked() -> tuple[tuple[Problem, Settings, Posed | None], Mapping[str, object]]:
-        _refuse(A, damp, robust, solver, rank_deficient, bounds)
-        given = pose(
-            rows, b, damp, weights, None, solver, rank_deficient, refine, x0,
-            rank_tolerance=rank_tolerance, throw=throw, part=True,
-        )  # fmt: skip
-        # A rank may have fewer rows than columns, without the matrix being wide.
-        settings = replace(settings_of(given.settings), wide=False, exact=True)
-        facts = {
-            "the dtype of the solution": given.dtype,
-            "solver, refine, rank_deficient and rank_tolerance": settings,
-            "the columns of b": tuple(b.shape[1:]),
-            "the shape of damp": None if given.damp is None else tuple(given.damp.shape),
-            "whether there are weights": weights is not None,
-            "whether there is x0": x0 is not None,
-            "throw": throw,
-        }
-        posed = None if bounds is None else pose_bounds(given._replace(settings=settings), bounds, robust)
-        return (given, settings, posed), facts
-
-    problem, settings, posed = A.ranks.checked(checked, A.device)
-    if posed is not None:
-        found = solve_bounded_together(posed, "raise" if throw else "return", A.height, A.ranks)
-        solution = _told(problem, *found[:3])
-        return solution._replace(info=found.told(solution.info, problem.b.ndim == 1))
-    columns, of_rows = problem.b, None if problem.weights is None else problem.weights[None]
-    columns = columns[None] if columns.ndim == 2 else columns[None, :, None]
-    start = None if problem.x0 is None else problem.x0.reshape(1, problem.x0.shape[0], columns.shape[2])
-    damps = None if problem.damp is None else problem.damp.reshape(1, -1)
-    r, x, numbers = _solution(A, problem, settings, "raise" if throw else "return", of_rows, damps, columns, start)
-    return _told(problem, r, x, numbers)
-
-
-def _told(problem: Problem, r: Tensor, x: Tensor, numbers: Tensor) -> Solution:
-    """What users get of (r, x, report)."""
-    single = problem.b.ndim == 1
+    options = b, damp, weights, robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds
+    together, how = pose_together(A, *options, throw=throw), "raise" if throw else "return"
+    problem, found, single = together.problem, None, together.problem.b.ndim == 1
+    if together.bounded is not None:
+        found = solve_bounded_together(together.bounded, how, together.height, together.ranks)
+    r, x, numbers = together.run(how) if found is None else found[:3]
     info = info_of(Report.unpacked(numbers), wide=False, single=single)
-
-    def rounded(t: Tensor, name: str) -> Tensor:
-        t = t[0, :, 0] if single else t[0]
-        return convert(t, problem.dtype, f"the derivative of {name}", problem.on_failure)
-
-    return Solution(rounded(x, "x"), rounded(r, "the residual"), info)
-
-
-def _solution(
-    A: ShardedMatrix, problem: Problem, settings: Settings, how: str, weights, damp, b: Tensor, start
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, x, report)"""
-    if isinstance(problem.A, SparseMatrix):
-        pattern = problem.A.pattern
-        static = ShardedRows(*pattern.shape, settings, how, A.height, A.ranks)
-        given = problem.A.values[None], weights, damp, b, None, None, start, None, pattern.indices, None
-        found = Solve.apply(static, *given)
-    else:
-        of_rows, leaves = static_of(problem.A, *problem.shape, settings, how)
-        of_all = over_ranks(of_rows, A.height, A.ranks)
-        every = (leaf[None] for leaf in leaves)
-        found = SolveOverRanks.apply(of_all, damp, weights, b, None, None, start, None, *every)
-    return found[0], found[2], found[3]
+    x, r = (rounded(shaped(t, problem), problem, name) for t, name in ((x, "x"), (r, "the residual")))
+    return Solution(x, r, info if found is None else found.told(info, single))
 
 
 def _refuse(A: ShardedMatrix, damp: Any, robust: Any, solver: Any, rank_deficient: Any, bounds: Any) -> None:

@@ -9,16 +9,16 @@ that is the same on all ranks meets a rank's rows, and with `total` for A^H s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linear.factor_cache import no_token
-from ..linear.gradient import Static
+from ..linear.augmented import Solve
+from ..linear.gradient import LowParts, Static
 from ..linear.kernel import solve_plainly
+from ..linear.low_parts import LOW
+from ..linear.settings import Settings, settings_of
 from ..linear.weighting import weigh
 from ..result import Report
 from ..solvers.system import System
@@ -27,6 +27,8 @@ from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..sparse.products import multiply, sample
 from ..torch_func.cores import steady
+from ..torch_func.primitive import define, differentiate
+from ..torch_func.tracing import in_graph
 from .agreement import solve_together
 from .collectives import shared_by, total_of
 from .heavy_rows import RowsOfAll
@@ -46,7 +48,8 @@ class ShardedRows(Static):
         return self.whole
 
     def solve(self, tensors: list[Tensor | None], token: Tensor | None, indices: Tensor) -> tuple[Tensor, ...]:
-        return _solved(self, [None if t is None else t.resolve_conj() for t in tensors], token, indices)
+        of_ranks = self.whole, self.ranks.name, self.settings.text, self.on_failure
+        return _solve(*tensors, token, indices, self.m, self.n, *of_ranks)
 
     def multiply(self, values: Tensor, X: Tensor, indices: Tensor, **how: bool) -> Tensor:
         if how.get("adjoint"):
@@ -76,13 +79,13 @@ class ShardedRows(Static):
 
 
 @steady()
-def _solved(static: ShardedRows, tensors: Sequence[Any], token: Tensor | None, indices: Tensor) -> tuple[Tensor, ...]:
-    values, weights, damp, b, e, c, known = tensors
+def _solve_kernel(values, weights, damp, b, e, c, known, token, indices, m, n, whole, group, settings, on_failure):
+    given = values, weights, damp, b, e, c, known
     if not len(values):  # of an empty batch
-        k = next(t for t in (b, e, c) if t is not None).shape[2]
-        sizes = (static.m, 0 if weights is None else static.m, static.n)
-        report = values.new_empty(Report.shape(0, k), dtype=torch.float64)
-        return *(values.new_empty((0, size, k)) for size in sizes), report, no_token()
+        *nothing, made = _solve_fake(*given, token, indices, m, n, whole, group, settings, on_failure)
+        return *nothing, made.zero_()
+    static = ShardedRows(m, n, settings_of(settings), on_failure, whole, Ranks(group))
+    values, weights, damp, b, e, c, known = (None if t is None else t.resolve_conj() for t in given)
     own: dict[str, tuple[Tensor, ...]] = {"A": (values,)}
     numbers: dict[str, tuple[Tensor, ...]] = {"values": (values,)}
     if weights is not None:
@@ -100,6 +103,55 @@ def _solved(static: ShardedRows, tensors: Sequence[Any], token: Tensor | None, i
         )  # fmt: skip
 
     return solve_together(static, own, damp, {"b": b, "e": e, "c": c}, known, token, asked, solve)
+
+
+def _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, whole, group, settings, on_failure):
+    copies, k = values.shape[0], next(t for t in (b, e, c) if t is not None).shape[2]
+    report = values.new_empty(Report.shape(copies, k), dtype=torch.float64)
+    made = values.new_empty((1,), dtype=torch.int64, device="cpu")
+    sizes = (m, 0 if weights is None else m, n)
+    return *(values.new_empty((copies, size, k)) for size in sizes), report, made
+
+
+_solve = define(
+    "solve_over_ranks(Tensor values, Tensor? weights, Tensor? damp, Tensor? b, Tensor? e, Tensor? c, Tensor? known, "
+    "Tensor? token, Tensor indices, SymInt m, SymInt n, SymInt whole, str group, str settings, str on_failure) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _solve_kernel,
+    _solve_fake,
+)
+
+
+def _with_rules(values, weights, damp, b, e, c, known, token, indices, m, n, whole, group, settings, on_failure):
+    static = ShardedRows(m, n, settings_of(settings), on_failure, whole, Ranks(group))
+    tensors = values, weights, damp, b, e, c, known, token, indices
+    return LowParts.apply(static, *tensors) if on_failure == LOW else Solve.apply(static, *tensors, None)
+
+
+differentiate(_solve, _with_rules)
+
+
+@in_graph
+def solve_rows(
+    values: Tensor,
+    weights: Tensor | None,
+    damp: Tensor | None,
+    b: Tensor,
+    c: Tensor | None,
+    start: Tensor | None,
+    kept: Tensor | None,
+    indices: Tensor,
+    m: int,
+    n: int,
+    whole: int,
+    group: str,
+    settings: Settings | str,
+    on_failure: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, x, report) as `solve_augmented`, of `whole` rows on the ranks of a group."""
+    static = ShardedRows(m, n, settings_of(settings), on_failure, whole, Ranks(group))
+    r, _, x, report, _ = Solve.apply(static, values, weights, damp, b, None, c, start, kept, indices, None)
+    return r, x, report
 
 
 def _system(everything: RowsOverRanks, weights: Tensor | None, damp: Tensor | None, static: ShardedRows) -> System:

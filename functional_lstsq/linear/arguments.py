@@ -110,7 +110,7 @@ def pose(
         raise ValueError(f"refine='extended' needs a solution, and CGLS(steps={solver.steps}) stops short of it")
     if m < n and not part and robust is None and not stops and _is_better_tall(A, damp, weights):
         damp = damp.expand(n)
-    wide = is_wide((m, n), damp) and not stops
+    wide = is_wide((m, n), damp) and not stops and not part
     make: Any = text_for_graph if torch.compiler.is_compiling() else Settings
     settings = make(
         told(solver) if torch.compiler.is_dynamo_compiling() else solver,

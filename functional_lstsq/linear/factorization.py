@@ -18,7 +18,7 @@ class Factorization:
     """What `factorize` returns: A with its weights, its damping and its factors, which live as long as this does.
 
     Attributes:
-        A: (m, n) SparseMatrix.
+        A: (m, n) SparseMatrix, or a sharded matrix.
         damp, weights, solver, rank_deficient, rank_tolerance: as they were given to `factorize`.
         info: of the solve in which the factors were made, a `SolveInfo`; None where they are made later, in a function
             that is being transformed or compiled.
