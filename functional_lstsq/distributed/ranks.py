@@ -188,5 +188,5 @@ def digest(t: Tensor | None) -> str:
         return "none"
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     bits = t.contiguous().to(torch.float64).view(torch.int64).flatten()
-    spread = torch.arange(1, 2 * len(bits), 2, device=t.device) * _ODD
+    spread = (2 * torch.arange(len(bits), device=t.device) + 1) * _ODD
     return f"{tuple(t.shape)} numbers with the digest {int((bits * spread).sum()) & (1 << _BITS) - 1:x}"

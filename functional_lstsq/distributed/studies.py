@@ -134,7 +134,7 @@ def _by_rows(F: Factorization) -> Tensor:
     counts = [int(count) for count in ranks.each(torch.tensor([here], device=matrix.device))]
     found = []
     for place, count in enumerate(counts):
-        for rows in torch.arange(count, device=matrix.device).split(_BLOCK):
+        for rows in torch.arange(count, device=matrix.device).split(_BLOCK) if count else ():
             mine = place == ranks.place
             unit = fit.new_zeros((here, len(rows)))
             if mine:
