@@ -319,6 +319,34 @@ def compiled(place):
     }
 
 
+def fitted(place):
+    """Two exponentials, by times and data of each rank, a shared parameter and a shared start."""
+    t = place.rows(torch.linspace(0, 3, place.m))
+    y = torch.exp(-0.5 * t) + 0.4 * torch.exp(-2 * t) + 0.02 * place.b
+    x0 = torch.tensor([0.9, 0.6, 0.5, 1.8])
+
+    def of(x, y, t, offset):
+        return x[0] * torch.exp(-x[1] * t) + x[2] * torch.exp(-x[3] * t) + offset - y
+
+    def fit(y, t, offset):
+        given = of, x0, (y, t, place.shared(offset))
+        return fl.gauss_newton(*given) if place.alone else fl.distributed.gauss_newton(*given)
+
+    def loss(y, t, offset):
+        found = fit(y, t, offset)
+        return found.x.sin().sum() + place.total((place.shared(found.x).sum() * found.residual.square()).sum())
+
+    given = y, t, torch.tensor(0.01)
+    found = fit(*given)
+    by_y, by_t, by_offset = grad(loss, (0, 1, 2))(*given)
+    along = jvp(lambda *given: fit(*given).x, given, (t, t.cos(), torch.tensor(1.0)))[1]
+    second = hessian(lambda offset: loss(y, t, offset))(given[2])
+    mixed = grad(lambda y: jvp(lambda t: loss(y, t, given[2]), (t,), (t.sin(),))[1])(y)
+    third = jacfwd(jacrev(jacfwd(lambda offset: fit(y, t, offset).x)))(given[2])
+    several = torch.vmap(lambda y: fit(y, t, given[2]).x)(torch.stack([y, 1.1 * y]))
+    return {"same": [found.x, by_offset, along, second, third, several], "rows": [found.residual, by_y, by_t, mixed]}
+
+
 def with_pinned(place):
     """Infinite dampings pin unknowns at zero."""
     n = place.A.shape[1]
@@ -449,6 +477,7 @@ CASES = {  # name: (case, what the problem is)
     "ill-conditioned gradient": (ill_conditioned_gradient, of_singular_values([1.0, 0.3, 1e-3, 1e-5], 40)),
     "wide with damp": (wide, {"m": 6, "n": 8}),
     "whole graphs": (compiled, {}),
+    "fit": (fitted, {}),
     "bounds": (bounded, {}),
     "factors that are kept": (kept, {}),
     "leverage and covariance": (studied, {}),
@@ -568,6 +597,13 @@ def _refusals(rank):
         "NaN in a graph": lambda: graph(A, differ(bad, b)),
         "negative weights in a graph": lambda: graph(A, b, differ(-1.0, 1.0) * place.weights),
         "another dtype in a graph": lambda: graph(place.matrix(A.values.float()), differ(b.float(), b)),
+        "a residual that is none": lambda: fl.distributed.gauss_newton(differ(None, torch.sin), torch.ones(2)),
+        "a fit of NaN": lambda: fl.distributed.gauss_newton(lambda x: (x[0] - differ(torch.nan, b)) * b, torch.ones(1)),
+        "a fit without a minimum": lambda: fl.distributed.gauss_newton(
+            lambda x: torch.exp(x[0]) * b[:, None].sum(1), b[:1]
+        ),
+        "a fit of too few": lambda: fl.distributed.gauss_newton(lambda x: x[: 1 - rank], torch.ones(3)),
+        "another start": lambda: fl.distributed.gauss_newton(lambda x: x[0] - b, differ(1.0, 0.0) * torch.ones(1)),
         "samples": lambda: fl.leverage(A, samples=3),
         "other columns": lambda: fl.covariance(A, differ([0], [1])),
         "columns that are none": lambda: fl.covariance(A, differ([9], [1])),

@@ -118,6 +118,11 @@ REFUSALS = {  # name: (what is raised, words of the message)
     "NaN in a graph": (ValueError, "on rank 1: b of the augmented system holds NaN or infinity"),
     "negative weights in a graph": (ValueError, "on rank 1: weights must not be negative"),
     "another dtype in a graph": (ValueError, "what is solved for must be the same on all ranks"),
+    "a residual that is none": (TypeError, "on rank 1: residual must be callable, got None"),
+    "a fit of NaN": (ValueError, "residual and its Jacobian must be finite at x0"),
+    "a fit without a minimum": (fl.ConvergenceError, "no strict minimum|no minimum in"),
+    "a fit of too few": (ValueError, "at least as many numbers on all ranks as x0 has, 3, got 1"),
+    "another start": (ValueError, "x0 must be the same on all ranks"),
     "samples": (ValueError, "a sharded matrix allows no samples"),
     "other columns": (ValueError, "columns must be the same on all ranks, got [1] on rank 0 and [0] on rank 1"),
     "columns that are none": (ValueError, "on rank 1: columns must lie between 0 and 7, got 9 to 9"),
@@ -144,7 +149,7 @@ def test_all_ranks_raise_the_same_error(on_ranks, name):
     (kind, message), other = (of_rank[name] for of_rank in on_ranks("even"))
     assert (kind, message) == other
     assert kind == REFUSALS[name][0].__name__
-    assert REFUSALS[name][1] in message
+    assert any(words in message for words in REFUSALS[name][1].split("|"))
 
 
 @pytest.mark.parametrize("how", ["dies", "sleeps", "raises"])

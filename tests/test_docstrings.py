@@ -21,6 +21,7 @@ _WITHOUT = {
     "TooLarge",
     "Weakest",
     "distributed.RankError",
+    "distributed.ShardedFit",
     "distributed.ShardedMatrix",
 }
 

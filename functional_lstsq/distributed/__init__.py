@@ -6,6 +6,7 @@ bit. All ranks run the same program.
 - matrix: `ShardedMatrix`, the matrix that `shard_rows` makes of the rows of each rank.
 - solve: what `lstsq` and `solve` are asked of a sharded matrix, checked.
 - studies: `factorize`, `leverage` and `covariance` of it.
+- fit: `gauss_newton`, of the residuals of each rank.
 - sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
 - heavy_rows: rows of all ranks that weigh much more than others, constraints above all.
 - bounds: bounds of the unknowns of such a matrix.
@@ -16,10 +17,11 @@ bit. All ranks run the same program.
 """
 
 from .collectives import shared, total
+from .fit import ShardedFit, gauss_newton
 from .matrix import ShardedMatrix, shard_rows
 from .ranks import RankError
 
-__all__ = ["RankError", "ShardedMatrix", "shard_rows", "shared", "total"]
+__all__ = ["RankError", "ShardedFit", "ShardedMatrix", "gauss_newton", "shard_rows", "shared", "total"]
 
 
 def __dir__() -> list[str]:
