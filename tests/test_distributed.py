@@ -1,16 +1,21 @@
 """Rows on many ranks: processes that sharded.py starts, held against one process that has all rows."""
 
 import pytest
+import test_table
 import torch
 import torch.multiprocessing
-from helpers import close, problem
+from helpers import close, dense, problem
 from sharded import CASES, SPLITS, Place, work, work_until_lost
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import functional_lstsq as fl
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch has no gloo"
 )
+
+
+OF_TABLE = problem(test_table.M, test_table.N)
 
 
 def processes(function, size, folder, *given):
@@ -197,6 +202,53 @@ def test_a_solve_compiles_in_one_graph(backend, name):
     }[name]
     torch._dynamo.reset()
     close(torch.compile(function, fullgraph=True, backend=backend)(A, b), function(A, b), 1e-12)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("kind", ["SparseMatrix", "LinearOperator"])
+@pytest.mark.parametrize("name", [*test_table.BY_B, *test_table.BY_A])
+def test_every_transformation_of_the_table(name, kind):
+    pattern, values, b = OF_TABLE
+    D = dense(values, pattern)
+
+    def compute():
+        A = fl.distributed.shard_rows(test_table.KINDS[kind](values))
+        if name in test_table.BY_B:
+            return test_table.BY_B[name](lambda b: fl.lstsq(A, b), b)
+        found = test_table.BY_A[name](lambda A: fl.lstsq(A, b), A)
+        return found if name == "vmap by A" else torch.utils._pytree.tree_leaves(found)[0]
+
+    refused = {
+        "functionalize": "NYI: Functionalize rule",
+        "linearize": "linearize cannot record a sharded matrix of oper",
+    }
+    if name == "functionalize" or (name, kind) == ("linearize", "LinearOperator"):
+        with pytest.raises((RuntimeError, TypeError), match=refused[name]):
+            compute()
+        return
+    if name in test_table.BY_B:
+        way = test_table.BY_B["call" if name == "inference mode" else name]
+        want = way(lambda b: torch.linalg.pinv(D) @ b, b)
+    else:
+        want = test_table.BY_A[name](lambda v: torch.linalg.pinv(dense(v, pattern)) @ b, values)
+    close(compute(), want, 1e-10)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_solve_is_exported_and_recorded():
+    pattern, values, b = problem(12, 4)
+    A = fl.distributed.shard_rows(fl.SparseMatrix(values, pattern))
+
+    class Program(torch.nn.Module):
+        def forward(self, b):
+            return fl.lstsq(A, b, damp=0.1)
+
+    program = torch.export.export(Program(), (b,)).module()
+    close(program(b.cos()), fl.lstsq(A, b.cos(), damp=0.1), 1e-12)
+    by_b = torch.func.grad(lambda b: program(b).sin().sum())(b)
+    close(by_b, torch.func.grad(lambda b: fl.lstsq(A, b, damp=0.1).sin().sum())(b), 1e-12)
+    recorded = make_fx(lambda b: fl.lstsq(A, b, damp=0.1))(b)
+    close(recorded(b.cos()), fl.lstsq(A, b.cos(), damp=0.1), 1e-12)
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..torch_func.tracing import unseen_by_transforms
+
 Checked = TypeVar("Checked")
 _BITS = 62  # of a digest, whose negative is a number too
 _ODD = -7046029254386353131  # the golden ratio's bits, which spread an index over all bits of its product
@@ -145,7 +147,8 @@ class Ranks:
             error = raised
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big") >> 64 - _BITS
         numbers = [0, digest, -digest] if error is None else [1, 0, 0]
-        failed, most, least = self.max(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
+        with unseen_by_transforms():
+            failed, most, least = self.max(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
         if failed:
             self._raise_for_all(error)
         if most != -least:

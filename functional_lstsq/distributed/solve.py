@@ -17,6 +17,7 @@ from ..result import Report, Solution, info_of
 from ..solvers import CGLS, Auto, Dense
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
+from ..torch_func.tracing import refuse_recording
 from .bounds import solve_bounded_together
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
@@ -63,7 +64,9 @@ def pose_together(
         return _checked(A, matrix, *given, throw=throw, of=of)
 
     # In a graph nothing is known but shapes: the solve checks numbers, and ranks check each other, when it runs.
-    return checked()[0] if torch.compiler.is_dynamo_compiling() else matrix.ranks.checked(checked, matrix.device)
+    if isinstance(matrix.rows, LinearOperator):
+        refuse_recording("a sharded matrix of operators")
+    return checked()[0] if torch.compiler.is_compiling() else matrix.ranks.checked(checked, matrix.device)
 
 
 def _checked(
