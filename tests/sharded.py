@@ -191,6 +191,30 @@ def autograd(place):
     return {"rows": [b.grad], "entries": [values.grad]}
 
 
+def of_dtensors(place):
+    """b and weights that are sharded as A is: the residual and their gradients are sharded alike."""
+
+    def spread(rows):
+        if place.alone:
+            return rows.clone().requires_grad_()
+        from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        shape = (place.m, *rows.shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        whole = DTensor.from_local(rows.clone(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return whole.detach().requires_grad_()
+
+    def here(t):
+        assert t.shape[0] == place.m
+        return t if place.alone else t.to_local()
+
+    b, weights = spread(torch.stack([place.b, place.b.sin()], 1)), spread(place.weights)
+    x, residual, _ = fl.solve(place.A, b, weights=weights, solver=CGLS)
+    x.square().sum().backward()
+    return {"same": [x.detach()], "rows": [here(residual).detach(), here(b.grad), here(weights.grad)]}
+
+
 def products(place):
     X, Y = normal(8, 2, seed=7), place.rows(normal(place.m, 2, seed=8))
 
@@ -442,6 +466,7 @@ CASES = {  # name: (case, what the problem is)
         for damp in ("one", "each")
     },
     "weighted columns": (weighted_columns, {}),
+    "DTensors": (of_dtensors, {}),
     "vmap over b": (vmap_over_b, {}),
     "vmap over values": (vmap_over_values, {}),
     "jvp": (tangent, {}),

@@ -9,6 +9,7 @@ bit. All ranks run the same program.
 - fit: `gauss_newton`, of the residuals of each rank.
 - sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
 - heavy_rows: rows of all ranks that weigh much more than others, constraints above all.
+- dtensors: DTensors that are sharded by rows, for b and weights.
 - bounds: bounds of the unknowns of such a matrix.
 - agreement: what all ranks hold against each other before and after a solve.
 - products: `Products` over ranks, all that solvers ask of the matrix.

@@ -19,6 +19,7 @@ from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..torch_func.tracing import refuse_recording
 from .bounds import solve_bounded_together
+from .dtensors import is_dtensor, like, rows_of
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
 from .ranks import Ranks
@@ -102,6 +103,16 @@ def solve_sharded(
     bounds, *, throw: bool,
 ) -> Solution:  # fmt: skip
     """`solve` for a sharded matrix."""
+    if is_dtensor(b) or is_dtensor(weights):
+        matrix: ShardedMatrix = A.A if isinstance(A, Factorization) else A  # type: ignore[assignment]
+        ranks = matrix.ranks
+        here = ranks.checked(
+            lambda: ((rows_of(b, "b", ranks), rows_of(weights, "weights", ranks)), {"DTensors": is_dtensor(b)}),
+            matrix.device,
+        )
+        others = robust, solver, rank_deficient, refine, x0, rank_tolerance, bounds
+        solution = solve_sharded(A, here[0], damp, here[1], *others, throw=throw)
+        return solution._replace(residual=like(b, solution.residual))
     rows = None if isinstance(A, Factorization) else A.rows
     if isinstance(A, ShardedMatrix) and isinstance(rows, LinearOperator) and rows.trees is not None:
         of_x, of_b = rows.trees
