@@ -650,15 +650,18 @@ def _refusals(rank):
 
 
 def work_until_lost(rank, size, folder, how):
-    """Rank 1 dies or sleeps in the middle of a solve of rank 0, whose group waits two seconds."""
+    """Rank 1 dies or sleeps in the middle of a solve of rank 0, whose group waits two seconds.
+
+    What is told, and how long after the last sum began, is left in the folder.
+    """
     start(rank, size, folder, 2)
     place, calls = Place("even", m=1500, n=520, density=0.01), 0
-    whole = fl.distributed.ranks.Ranks.sum
+    whole, begun = fl.distributed.ranks.Ranks.sum, time.monotonic()
 
     def lost(ranks, t):
-        nonlocal calls
-        calls += 1
-        if calls == 30:
+        nonlocal calls, begun
+        calls, begun = calls + 1, time.monotonic()
+        if rank == 1 and calls == 30:
             if how == "dies":
                 os._exit(1)
             if how == "raises":
@@ -666,9 +669,7 @@ def work_until_lost(rank, size, folder, how):
             time.sleep(6)
         return whole(ranks, t)
 
-    if rank == 1:
-        fl.distributed.ranks.Ranks.sum = lost
-    begun = time.monotonic()
+    fl.distributed.ranks.Ranks.sum = lost
     try:
         fl.lstsq(place.A, place.b)
         told = "nothing"
