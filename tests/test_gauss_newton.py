@@ -148,6 +148,33 @@ def test_cameras_and_points_take_as_many_colors_as_a_row_has_entries(compiled, m
     assert int(coloring.colors(pattern).max()) + 1 == 9
 
 
+def decays_of_nothing(x, y):
+    """Two decays beside data of zeros: each unknown may go to infinity, and no minimum is anywhere."""
+    t = torch.arange(5, dtype=D)
+    return x[0] / 1e7 * torch.exp(-4e10 * x[1] * t) + x[2] * torch.exp(-4e8 * x[3] * t) - y
+
+
+def valley(x, y):
+    """Of zeros wherever x[0] is zero, whatever x[1] is."""
+    return x[0] * tensor(0.1, 1.0, 2.0) + x[0] * x[1] * tensor(1.0, -1.0, 0.5) - y
+
+
+@pytest.mark.parametrize(
+    ("residual", "start", "weights"),
+    [
+        (decays_of_nothing, (1e7, 1e-11, 1.0, 1e-9), (0.5, 0.5, 0.5, 0.21867819508643593, 2.0)),
+        (valley, (1.5, -0.3), (1.0, 1.0, 1.0)),
+        (valley, (-0.7, 0.9), (1.0, 1.0, 1.0)),
+        (lambda x, y: x[0] * torch.exp(-x[1] * torch.arange(3, dtype=D)) - y, (1.0, 0.3), (1.0, 1.0, 1.0)),
+        (lambda x, y: torch.stack([x[0] * x[1] ** 2, x[0] * (1 + x[1]), 2 * x[0]]) - y, (0.5, 0.3), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_an_unknown_that_nothing_depends_on_any_more_is_told(residual, start, weights):
+    y = torch.zeros(len(weights), dtype=D)
+    with pytest.raises(torch.linalg.LinAlgError):
+        fl.gauss_newton(residual, tensor(*start), (y,), weights=tensor(*weights))
+
+
 def test_what_where_leaves_out_does_not_spoil_a_step():
     """Far from the minimum the root of a negative number is left out, whose derivative in reverse mode is NaN."""
 

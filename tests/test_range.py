@@ -148,3 +148,19 @@ def test_the_gram_matrix_of_a_pattern(dtype, planned, monkeypatch):
     empty = fl.SparsePattern(torch.zeros((2, 0), dtype=torch.int64), (3, 2))
     assert len(gram_pattern.GramPattern(empty).values(torch.zeros(0, dtype=dtype))) == 0
     assert full_pattern(3, 2).nnz == 6
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct(), None], ids=["dense", "direct", "auto"])
+@pytest.mark.parametrize("unit", [1.0, 1 + 1j])
+@pytest.mark.parametrize("size", [1e-100, 1.0, 1e100, 1e162, 1e300])
+def test_rows_and_columns_of_zeros_hide_no_others(size, unit, solver):
+    """Entries of b beside a row of zeros were as large as b, and all others, divided by their rows, nothing."""
+    dtype = torch.complex128 if isinstance(unit, complex) else torch.float64
+    values = torch.full((2,), unit * size, dtype=dtype)
+    A = fl.SparseMatrix(values, fl.SparsePattern(torch.tensor([[0, 0], [0, 1]]), (2, 3)))
+    for of_b in (1.0, size):
+        b = torch.full((2,), unit * of_b, dtype=dtype)
+        solution = fl.solve(A, b, rank_deficient="minimum_norm", solver=solver)
+        want = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64) * (of_b / size)
+        assert solution.info.status == "converged"
+        assert (solution.x - want).abs().max() <= 1e-15 * want.max()

@@ -18,18 +18,17 @@ from ..linear.factor_cache import no_token
 from ..result import CONVERGED, INACCURATE, ITERATION_LIMIT, NO_MINIMUM, RANK_DEFICIENT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
+from . import rounding as errors
 from .geodesic import acceleration, lowest
 from .hessian import conjugate, relative
 from .model import model_at
 from .objective import Leaves, Objective, each, slopes_at
 from .report import FitReport
-from .rounding import blur_of_gradient, floor_of_cost, is_rounding, length_of_influence, spread_of_influence
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps that call for Newton's, one after the other where his fail
 _NEWTON = 20
 _SLOW = 20  # reweighted solves after which Newton's steps are tried beside them
-# Of the decrease that the model predicts: where it is so nearly right, damping is what delays the end, and goes by more
-# than Nielsen's third a step (a bundle adjustment of 18,300 unknowns takes 7 steps in place of 14).
+# Of the decrease that the model predicts: where it is so nearly right, damping delays the end and goes in larger steps.
 _LIKE = 0.99
 _SAMPLES = 3  # of rounding errors, before a minimum is judged
 # Relative steps, and gradients in units of their rounding errors in double precision: after one more of Newton's steps
@@ -53,6 +52,7 @@ class _State:
     grow: Tensor
     floor: Tensor  # what rounding errors of the residual are to f
     stale: Tensor  # r is of this x, J and weights are not
+    last: Tensor  # sizes of the last step
 
     def take(self, which: Tensor) -> _State:
         return _State(**{name: tensor[which] for name, tensor in vars(self).items()})
@@ -88,8 +88,9 @@ class Descent:
         self.state = _State(
             x=x.clone(), f=f, r=r, weights=torch.ones_like(r), J=empty, scale=torch.zeros_like(x),
             mu=1e-3 * ones, grow=2 * ones, floor=zeros, stale=~self.broken,
+            last=torch.full_like(x, torch.inf),
         )  # fmt: skip
-        self.start = f.clone()
+        self.start, self.begin = f.clone(), x
         before, evaluated = (zeros, zeros) if spent is None else spent
         self.iterations, self.evaluations, self.limit = before.clone(), evaluated + 1, before + objective.max_iterations
         self.status = torch.full_like(f, float(INACCURATE))
@@ -149,12 +150,14 @@ class Descent:
             s.grow = torch.where(better, 2.0, 2 * s.grow)
             s.x, s.r = torch.where(better[:, None], s.x + p, s.x), torch.where(better[:, None], r, s.r)
             s.f, s.stale = torch.where(better, f, s.f), better
+            before, s.last = s.last, torch.where(better[:, None], p.abs(), s.last)
             self.state.put(which, s)
             if objective.callback is not None:
                 objective.callback(int(self.iterations.max()), float(self.state.f.max()))
             # In one norm a large unknown may hide that the others are far from where they belong: f does not, nor does
-            # each of them by itself.
-            near = (predicted <= close * f + s.floor) | (p.abs() <= close / 10 * s.x.abs()).all(1)
+            # each of them by itself, where its steps shrink and are not merely held back by damping.
+            each_is_near = p.abs() <= torch.minimum(close / 10 * s.x.abs(), before / 10)
+            near = (predicted <= close * f + s.floor) | each_is_near.all(1)
             done = better & (small <= close) & near | (small <= EPS)
             stuck = ~sound & objective.linear  # without damping that could grow
             arrived[which] = done
@@ -172,14 +175,14 @@ class Descent:
             s.J = J.where(~self.broken[stale, None], 0.0)
             model = model_at(self.objective, s.J, s.weights, leaves)
             s.scale, s.stale = torch.maximum(s.scale, model.norms), torch.zeros_like(s.stale)
-            s.floor = floor_of_cost(model, s.weights, s.r, s.x) + EPS**2 * self.start[stale]
+            s.floor = errors.floor_of_cost(model, s.weights, s.r, s.x) + EPS**2 * self.start[stale]
             self.state.put(stale, s)
             self.evaluations[stale] += 1
         return self.state.take(which), self._of(which)
 
     def _least(self, which: Tensor, s: _State) -> Tensor:
         """Below this an x, scaled, is zero but for rounding: beside the residuals that it leaves, or those at x0."""
-        left = length_of_influence(s.weights * s.r, self._of(which)[2])
+        left = errors.length_of_influence(s.weights * s.r, self._of(which)[2])
         return self.objective.accept * left + EPS**2 * self.start[which].sqrt()
 
     def _of(self, which: Tensor) -> Leaves:
@@ -214,7 +217,7 @@ class Descent:
         s, leaves = self.state.take(which), self._of(which)
         model = model_at(objective, s.J, s.weights, leaves)  # of one step before: it is a preconditioner, no more
         x, previous, least = s.x, torch.full_like(s.f, torch.inf), self._least(which, s)
-        blur = blur_of_gradient(model, s.weights, s.r, s.x)
+        blur = errors.blur_of_gradient(model, s.weights, s.r, s.x)
         for _ in range(_NEWTON):
             g = each(objective.gradient, x, *leaves)
             step, definite, products = conjugate(objective, x, leaves, model, g[:, :, None], 1e-6)
@@ -232,7 +235,7 @@ class Descent:
             if bool(stays.any()):
                 points = [t[stays] for t in (x, blur[place], moved, least[place])]
                 some = tuple(leaf[stays] for leaf in leaves)
-                right[stays] = is_rounding(objective, points[0], some, model.take(stays), *points[1:])
+                right[stays] = errors.is_rounding(objective, points[0], some, model.take(stays), *points[1:])
             self.state.x[which[place[right]]] = x[right]
             found[place[right]] = True
             self.status[which[place[~definite[:, 0]]]] = float(NO_MINIMUM)
@@ -262,7 +265,7 @@ class Descent:
         s, _ = self._linearised(torch.arange(len(self.status), device=self.status.device))
         model = model_at(objective, s.J, s.weights, leaves)
         psi = s.weights * s.r
-        spread = spread_of_influence(model, s.weights, s.r, s.x)
+        spread = errors.spread_of_influence(model, s.weights, s.r, s.x)
         # A sample of errors may by chance have a small part in the weakest direction: the largest of these counts.
         samples = [model.rounding(psi[:, :, None], spread[:, :, None], seed) for seed in range(_SAMPLES)]
         g = each(objective.gradient, s.x, *leaves)
@@ -273,7 +276,7 @@ class Descent:
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
         norms = torch.where(model.norms > 0, model.norms, 1.0)
-        left = length_of_influence(psi, leaves[2])
+        left = errors.length_of_influence(psi, leaves[2])
         optimality = torch.linalg.vector_norm(g / norms, dim=1) / (s.x.shape[1] ** 0.5 * left).clamp_min(_TINY)
         # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
         left = torch.where(optimality <= objective.accept, left, 0.0)
@@ -295,6 +298,9 @@ class Descent:
         status = torch.where(found & ~definite, float(NO_MINIMUM), status)
         # Not where H is positive definite nevertheless, which is all that a strict minimum needs.
         status = torch.where(told.deficient & (status != CONVERGED), float(RANK_DEFICIENT), status)
+        near = objective.accept * torch.maximum(s.x.abs(), self.begin.abs())
+        lost = errors.undetermined(model, s.scale, s.x, least, steps[:, :, [0, *range(2, 2 + _SAMPLES)]], near)
+        status = torch.where(found & lost, float(RANK_DEFICIENT), status)
         if objective.settings.minimum_norm:
             status = torch.where(found & ~model.is_gauge(s.x, leaves), float(RANK_DEFICIENT), status)
         status = torch.where(self.broken, float(INACCURATE), status)

@@ -13,6 +13,7 @@ from .objective import Leaves, Objective, each
 # Relative displacements at which g is sampled: one at which double precision shows its errors, and one at which single
 # precision does, which a residual may use inside without telling.
 _FINE, _COARSE = 1e-8, 4e-6
+_COLLAPSED = 1e-8  # of the norm that a column once had
 _EXPLAINED = 30.0  # times what a sample of errors makes, which may by chance have a small part in the weakest direction
 
 
@@ -67,6 +68,24 @@ def is_rounding(
     steps, definite, _ = conjugate(objective, x, leaves, model, torch.stack(samples, 2), 1e-2)
     sizes = torch.stack([relative(step, x, model.norms, least) for step in steps.unbind(2)])
     return definite.all(1) & (moved <= _EXPLAINED * sizes.amax(0))
+
+
+def undetermined(model: Model, largest: Tensor, x: Tensor, least: Tensor, errors: Tensor, accept: Tensor) -> Tensor:
+    """Which of the problems (P,) have an unknown that the residuals do not depend on any more, but for rounding.
+
+    Its column was far larger on the way: an unknown that went to infinity, or one that an amplitude of zero, but for
+    rounding, multiplies. Whatever it is then, it hides in norms of x, so its error is looked at by itself.
+
+    Args:
+        largest: norms (P, n) that columns have had.
+        least: the norm of x, scaled, below which x is zero but for rounding (P,).
+        errors: samples (P, n, k) of errors of x.
+        accept: sizes (P, n) of errors that may be.
+    """
+    zero = torch.linalg.vector_norm(model.norms * x, dim=1) <= least
+    of_zero = torch.where(zero[:, None], least[:, None] / model.norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+    error = torch.maximum(errors.abs().amax(2), of_zero)
+    return ((model.norms <= _COLLAPSED * largest) & (largest > 0) & ~(error <= accept)).any(1)
 
 
 def length_of_influence(psi: Tensor, w: Tensor) -> Tensor:

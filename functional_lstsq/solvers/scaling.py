@@ -14,6 +14,7 @@ from ..sparse.base import Products, norm
 from ..sparse.lazy import lazy
 from ..sparse.numerics import ldexp, power_of_two
 
+_NONE = -(2**20)  # stands for the exponent of zero
 _MODERATE = 400  # an exponent up to which numbers of about 1 may be scaled twice and stay far within 2^-1022 to 2^1023
 
 
@@ -29,8 +30,12 @@ class Scaling:
     def __init__(self, A: Products, damp: Tensor | None):
         size, squares = A.column_sizes(damp)  # norms are size sqrt(squares)
         self.empty = squares == 0
-        D = power_of_two(torch.frexp(size).exponent + torch.frexp(squares.sqrt()).exponent - 1)
-        N = size / D * torch.where(self.empty, 1.0, squares).sqrt()
+        exponents = torch.frexp(size).exponent + torch.frexp(squares.sqrt()).exponent - 1
+        # What is asked of an unknown whose column is zeros must not make all others nothing beside it.
+        most = torch.where(self.empty, _NONE, exponents).amax(1, keepdim=True)
+        exponents = torch.where(self.empty, torch.where(most > _NONE, most, 0), exponents)
+        D = power_of_two(exponents)
+        N = torch.where(self.empty, 1.0, size / D * squares.sqrt())
         norms = torch.where(self.empty, 0.0, N * D)
         largest = norms.amax(1, keepdim=True)
         self.frobenius = largest * norm((norms / torch.where(largest > 0, largest, 1.0))[:, :, None])
