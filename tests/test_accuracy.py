@@ -123,6 +123,28 @@ def test_claims_beside_a_dominating_column(solver, signs):
     assert 10 * float(solution.info.forward_error) >= distance(solution.x.numpy(), want)
 
 
+HARDLY_DAMPED = [
+    ([[-1.0, 3.0]], [-4.0], [1e-10, 1e-10]),
+    ([[-2.0, -2.0, 1.0], [-2.0, -2.0, -2.0]], [2.0, 4.0], [1e-11, 1e-11, 1e-11]),
+    ([[2.0, -2.0, 2.0], [0.0, 3.0, -3.0]], [2.0, 1.0], [0.0, 0.0, 3e-14]),
+    ([[-2.0, -3.0, 1.0]], [1.0], [3e-11, 1e-10, 2e-11]),
+    ([[1.0, 2.0, 2.0, -1.0], [3.0, 0.0, 1.0, 1.0]], [2.0, -3.0], [1e-12, 1e-12, 2e-12, 3e-12]),
+]
+
+
+@pytest.mark.parametrize("solver", [fl.Dense(), fl.Direct(), None], ids=["dense", "direct", "auto"])
+@pytest.mark.parametrize(("A", "b", "damp"), HARDLY_DAMPED)
+def test_directions_that_a_small_damping_determines(A, b, damp, solver):
+    """Errors were 3e-12 to 8e-8 where some 1e-15 were claimed."""
+    A, b, damp = (torch.tensor(numbers, dtype=torch.float64) for numbers in (A, b, damp))
+    both = torch.cat([A, torch.diag(damp)]), torch.cat([b, torch.zeros_like(damp)])
+    want, *_ = rationals.least_squares(*both)
+    solution = fl.solve(A.to_sparse(), b, damp=damp, solver=solver)
+    error = 2 ** (rationals.distance(solution.x[:, None], want) - rationals.size(want))
+    assert error <= 1e-14
+    assert error <= 10 * float(solution.info.forward_error)
+
+
 def test_single_precision_with_weights_is_honest():
     A, pattern = with_singular_values(np.logspace(0, -4, 4), 20, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -144,10 +144,15 @@ class System:
         return torch.sub(b, reached, out=reached), -self.gradient(self.weigh(r), y, c)
 
     def rounding(self, b: Tensor, c: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Two samples, side by side, of errors as large as the rounding errors in `residuals`, entry by entry."""
+        """Two samples, side by side, of errors as large as the rounding errors in `residuals`, entry by entry.
+
+        In directions that damping alone determines, by a d^2 of 1e-20, say, the rounding error of A^H times the first
+        of them, unit^2 in all, is more than that of the second, since r is as small as d^2 there.
+        """
         size, unit = (r.abs(), y.abs()), self.A.unit
         first = unit * (b.abs() + size[0] + self.plain.absolute_matmul(size[1]))
-        second = unit * (c.abs() + self.A.absolute_adjoint(self.weigh(size[0])) + self.damped(size[1]))
+        of_r = self.A.absolute_adjoint(self.weigh(size[0] + first))
+        second = unit * (c.abs() + of_r + self.damped(size[1]))
         first, second = (torch.cat([s, s], 2) for s in (first, second))
         return (first * noise(first)).to(b.dtype), (second * noise(second)).to(b.dtype)
 
