@@ -229,3 +229,16 @@ def test_solutions_sets_and_gradients_are_those_of_rational_arithmetic(seed):
         along = jvp(lambda t, at=number: f(*args[:at], t, *args[at + 1 :]), (args[number],), (u,))[1]
         parts = [Fraction(v) * w for v, w in zip(u.tolist(), wanted, strict=True)]
         assert abs(Fraction(float(along)) - sum(parts)) <= 1e-7 * norm(parts) + TINY, name
+
+
+def test_what_follows_an_unknown_that_is_put_at_its_bound_is_in_the_error():
+    """Beside a column of 1e-8 the last digit of other unknowns is one of 1e-7, and that is what is claimed."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        A = torch.randn(5, 3, generator=g, dtype=F64) * torch.tensor([200.0, 1e-8, 1.0], dtype=F64)
+        lower = torch.full((3,), -2.0, dtype=F64)
+        b, upper = A @ lower, torch.full((3,), 2.0, dtype=F64)
+        matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(5, 3))
+        x, _, info = fl.solve(matrix, b, bounds=(lower, upper))
+        exact = exactly((A, b, torch.zeros(3, dtype=F64), torch.ones(5, dtype=F64), lower, upper), lower, [0, 0, 0])
+        assert apart(x, exact.x) <= 10 * float(info.forward_error) * norm(exact.x)

@@ -19,7 +19,8 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import NAN, ConvergenceError
-from ..result import CONVERGED, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, of_solve, show
+from ..result import CONVERGED, RANK_DEFICIENT, SolveInfo, html_table, info_rows, of_solve, show
+from ..solvers.system import EPS
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
@@ -31,7 +32,7 @@ from .augmented import Solve
 from .bounded_operator import solve_each_by_products
 from .gradient import Static
 from .matrix_free import static_of
-from .pivoting import at_bounds
+from .pivoting import at_bounds, farther, report_of_whole, shaken
 from .settings import Settings, check_solver, settings_of
 
 
@@ -164,8 +165,8 @@ def solve_bounded(posed: Posed, on_failure: str, ways: Ways | None = None) -> Fo
     assert problem.damp is not None
     ways = ways or Ways(Static(m, n, settings, on_failure), ActiveSet, partial(Strict.apply, Judged(on_failure)))
     rest = problem.damp.expand(k, n), b, lower, upper
+    of_each = None if weights is None else weights.expand(k, m)
     if isinstance(A, SparseMatrix):
-        of_each = None if weights is None else weights.expand(k, m)
         found, y, report = solve_each(
             ways.static, A.values.expand(k, -1), of_each, *rest, A.pattern.indices, ways.active_set
         )
@@ -174,11 +175,18 @@ def solve_bounded(posed: Posed, on_failure: str, ways: Ways | None = None) -> Fo
     r, x, status, active, multipliers, weak = found
     # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
     inside = torch.minimum(torch.maximum(x, lower[:, :, None]), upper[:, :, None])
-    x = torch.where((weak[:, :, None] != 0) & (active[:, :, None] == 0), inside, x)
+    touching = ((weak != 0) & (active == 0))[:, :, None]
+    # What it presses with, or would, is less than is known: the others may follow a change of its last digit.
+    moved = torch.where(touching, torch.maximum((inside - x).abs(), EPS * x.abs()), 0.0).detach()[:, :, 0]
+    x = torch.where(touching, inside, x)
     refused = weak.any(1) | (status != CONVERGED)
     r, x = ways.strict(r, x, weak, refused.to(x.dtype))
     x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
-    numbers = _of_whole(report, y, x, status)
+    numbers = report_of_whole(report, y, x, status)
+    if isinstance(A, SparseMatrix) and (is_traced(moved) or bool((concrete(moved) != 0).any())):
+        values, of_each = A.values.detach().expand(k, -1), None if of_each is None else of_each.detach()
+        far = shaken(ways.static, values, of_each, moved, active == 0, A.pattern.indices)
+        numbers = farther(numbers, far, x)
     columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
     return Found(*columns)
 
@@ -231,18 +239,6 @@ def solve_each(
     r, _, y, report, _ = Solve.apply(static, values, weights, damp, right, *(None,) * 4, indices, None)
     x = y.sum(2, keepdim=True) + bound
     return Found(r.sum(2, keepdim=True), x, status, active, multipliers, weak), y, report
-
-
-def _of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Tensor:
-    """The report of x (k, fields) from those of the parts of y that rounding keeps apart."""
-    told = Report(*report.detach().unbind(1))
-    sizes, whole = (torch.linalg.vector_norm(t.detach(), dim=1) for t in (y, x))
-    error = torch.where(sizes > 0, told.solution_error * sizes, 0.0).sum(1) / whole[:, 0]
-    error = torch.where(whole[:, 0] > 0, error, told.solution_error[:, 0])
-    worst = torch.maximum(told.status.amax(1), status)
-    first = Report(*(field[:, 0] for field in told))
-    error = torch.where(status == CONVERGED, error, torch.inf)
-    return torch.stack(list(first._replace(status=worst, solution_error=error)), 1)
 
 
 # Not a tuple, which torch.func would take apart at every call.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankDeficientError
-from ..result import RANK_DEFICIENT, ZERO, Report
+from ..result import CONVERGED, RANK_DEFICIENT, ZERO, Report
 from ..solvers.system import EPS
 from ..sparse.double_double import Pair, two_sum
 from ..sparse.exact_products import ExactProducts
@@ -109,6 +109,21 @@ class Problems(Protocol):
     def take(self, which: Tensor) -> Problems: ...
 
     def attempt(self, active: Tensor) -> Tried: ...
+
+
+def shaken(
+    static: Static, values: Tensor, weights: Tensor | None, moved: Tensor, free: Tensor, indices: Tensor
+) -> Tensor:
+    """How far (P,) the `free` unknowns may be from their minimum where some are moved (P, n), but for a factor.
+
+    In columns of norm 1 the others follow by as much times the condition number of these.
+    """
+    weights = (
+        values.new_ones((len(values), static.m)) if weights is None else torch.where(weights.isinf(), 0.0, weights)
+    )
+    norms = static.multiply(values.square(), weights[:, :, None], indices, adjoint=True)[:, :, 0].sqrt()
+    smallest = torch.where(free & (norms > 0), norms, torch.inf).amin(1)
+    return torch.linalg.vector_norm(norms * moved, dim=1) / smallest
 
 
 class Tried(NamedTuple):
@@ -230,3 +245,22 @@ def judge(lower: Tensor, upper: Tensor, active: Tensor, tried: Tried) -> Judged:
         pulled=held & (-outward > of_g),
         unclear=held & (outward.abs() <= of_g),
     )
+
+
+def report_of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Tensor:
+    """The report of x (k, fields) from those of the parts of y that rounding keeps apart."""
+    told = Report(*report.detach().unbind(1))
+    sizes, whole = (torch.linalg.vector_norm(t.detach(), dim=1) for t in (y, x))
+    error = torch.where(sizes > 0, told.solution_error * sizes, 0.0).sum(1) / whole[:, 0]
+    error = torch.where(whole[:, 0] > 0, error, told.solution_error[:, 0])
+    worst = torch.maximum(told.status.amax(1), status)
+    first = Report(*(field[:, 0] for field in told))
+    error = torch.where(status == CONVERGED, error, torch.inf)
+    return torch.stack(list(first._replace(status=worst, solution_error=error)), 1)
+
+
+def farther(numbers: Tensor, far: Tensor, x: Tensor) -> Tensor:
+    """A report (k, fields) of x with an error that is `far`, times the condition number, larger."""
+    told = Report(*numbers.unbind(1))
+    more = torch.where(far > 0, told.condition * far / torch.linalg.vector_norm(x.detach()[:, :, 0], dim=1), 0.0)
+    return torch.stack(list(told._replace(solution_error=told.solution_error + more)), 1)
