@@ -6,12 +6,12 @@ s = max(1, ranks / cores) where ranks share cores; share is that of the other co
 the same memory; k all-reduces, of l seconds a hop, or l_s where cores are shared; hops = 2 log2(ranks), as of a tree;
 bytes = 16 n (ranks - 1) / ranks, as of any all-reduce that sends no number twice.
 
-2026-11-28, 2 cores of an AMD EPYC that others used too, two all-reduces an iteration: t_e 1.6 ns, t_c 1.4 (two ranks
-wait for one memory), t_n 11 ns, l 85 us, w 0.6 GB/s. On two ranks an iteration takes 1.01 to 1.29 times its local part
-and one all-reduce, each alone, from 100,000 rows a rank on; 3.4 to 4.5 times at 20,000 and few columns, where each sum
-waits some 0.5 ms for the other rank to wake up. On 1,000 ranks and 1e11 entries the local part takes 0.4 s, and the sum
-0.1 to 25 % of that; a second sum costs 0.25 % at most, and a pipelined iteration loses 9 to 15 %, but for 1e7 columns
-on 10 Gbit/s, where it gains 6 %.
+2026-11-28, 2 cores of an AMD EPYC that others used too, when an iteration had two all-reduces, of which it has one now:
+t_e 1.6 ns, t_c 1.4 (two ranks wait for one memory), t_n 11 ns, l 85 us, w 0.6 GB/s. On two ranks an iteration took 1.01
+to 1.29 times its local part and one all-reduce, each alone, from 100,000 rows a rank on; 3.4 to 4.5 times at 20,000 and
+few columns, where each sum waits some 0.5 ms for the other rank to wake up. On 1,000 ranks and 1e11 entries the local
+part takes 0.4 s, and the sum 0.1 to 25 % of that; a second sum costs 0.25 % at most, and a pipelined iteration loses 9
+to 15 %, but for 1e7 columns on 10 Gbit/s, where it gains 6 %.
 """
 
 from __future__ import annotations
