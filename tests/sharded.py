@@ -586,6 +586,10 @@ def _refusals(rank):
 
     return {
         "NaN in b": lambda: fl.lstsq(A, differ(bad, b)),
+        "NaN in b, within grad": lambda: grad(lambda b: fl.lstsq(A, b).sum())(differ(bad, b)),
+        "b of another dtype, within vmap": lambda: torch.vmap(lambda b: fl.lstsq(A, b))(
+            differ(b.to(torch.complex128), b)[None]
+        ),
         "NaN in A": lambda: fl.lstsq(place.matrix(place.values * differ(torch.nan, 1.0)), b),
         "b of another size": lambda: fl.lstsq(A, differ(b[1:], b)),
         "b of another dtype": lambda: fl.lstsq(A, differ(b.to(torch.complex128), b)),

@@ -81,6 +81,8 @@ def test_as_in_one_process(on_ranks, alone, split, name):
 
 REFUSALS = {  # name: (what is raised, words of the message)
     "NaN in b": (ValueError, "on rank 1: b must be finite, got NaN in it"),
+    "NaN in b, within grad": (ValueError, "on rank 1: b must be finite, got NaN in it"),
+    "b of another dtype, within vmap": (ValueError, "got torch.float64 on rank 0 and torch.complex128 on rank 1"),
     "NaN in A": (ValueError, "on rank 1: A must be finite, got NaN in it"),
     "b of another size": (
         ValueError,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..torch_func.closures import plain
 from .ranks import Ranks
 
 
@@ -21,13 +23,19 @@ def _kind() -> Any:
 
 
 def is_dtensor(t: Any) -> bool:
-    return isinstance(t, _kind())
+    """Whether it is one, or a transformation has one in it."""
+    kind = _kind()
+    if isinstance(t, kind) or torch.compiler.is_compiling():
+        return isinstance(t, kind)
+    return isinstance(t, Tensor) and isinstance(plain(t), kind)
 
 
 def rows_of(t: Any, name: str, ranks: Ranks) -> Any:
     """This rank's rows of a DTensor, differentiable; what is none as it is."""
     if not is_dtensor(t):
         return t
+    if not isinstance(t, _kind()):
+        raise TypeError(f"{name} must be no DTensor within torch.func, but this rank's rows: {name}.to_local()")
     if len(t.placements) != 1 or not t.placements[0].is_shard(0):
         raise ValueError(f"{name} must be sharded by rows, as a DTensor with placements [Shard(0)], got {t.placements}")
     given, wanted = (dist.get_process_group_ranks(group) for group in (t.device_mesh.get_group(), ranks.group))

@@ -104,7 +104,9 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
     parameters of operators too, and so does x where it enters a part of the loss that `total` sums up. Solvers are
     `Auto()`, `Dense()` and `CGLS()`, of operators `CGLS()`.
 
-    `factorize`, `leverage` and `covariance` (but for sandwiches) take it too, where its rows have entries.
+    `factorize`, `leverage` and `covariance` (but for sandwiches) take it too, where its rows have entries. b and
+    weights may be DTensors that are sharded as its rows are; the residual and gradients by autograd then are too, but
+    they do not go through torch.func.
 
     Not to be had are `robust`, `Direct()`, CGLS with a preconditioner or a callback, bounds of operators,
     fewer rows in all than columns without damping or rank_deficient="minimum_norm"; and in whole graphs of

@@ -157,7 +157,8 @@ class Ranks:
 
     def _gathered(self, thing: Any) -> list[Any]:
         every: list[Any] = [None] * self.size
-        with self._told_as_lost():
+        # torch makes tensors of it, which must not be those of a transformation.
+        with self._told_as_lost(), unseen_by_transforms():
             dist.all_gather_object(every, thing, group=self.group)
         return every
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..linear.augmented import Solve
 from ..linear.gradient import LowParts, Static
-from ..linear.kernel import solve_plainly
+from ..linear.kernel import solve_fake, solve_plainly
 from ..linear.low_parts import LOW
 from ..linear.settings import Settings, settings_of
 from ..linear.weighting import weigh
-from ..result import Report
 from ..solvers.system import System
 from ..sparse.numerics import ldexp
 from ..sparse.pattern import find_pattern
@@ -82,7 +81,7 @@ class ShardedRows(Static):
 def _solve_kernel(values, weights, damp, b, e, c, known, token, indices, m, n, whole, group, settings, on_failure):
     given = values, weights, damp, b, e, c, known
     if not len(values):  # of an empty batch
-        *nothing, made = _solve_fake(*given, token, indices, m, n, whole, group, settings, on_failure)
+        *nothing, made = solve_fake(*given, token, indices, m, n)
         return *nothing, made.zero_()
     static = ShardedRows(m, n, settings_of(settings), on_failure, whole, Ranks(group))
     values, weights, damp, b, e, c, known = (None if t is None else t.resolve_conj() for t in given)
@@ -105,20 +104,12 @@ def _solve_kernel(values, weights, damp, b, e, c, known, token, indices, m, n, w
     return solve_together(static, own, damp, {"b": b, "e": e, "c": c}, known, token, asked, solve)
 
 
-def _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, whole, group, settings, on_failure):
-    copies, k = values.shape[0], next(t for t in (b, e, c) if t is not None).shape[2]
-    report = values.new_empty(Report.shape(copies, k), dtype=torch.float64)
-    made = values.new_empty((1,), dtype=torch.int64, device="cpu")
-    sizes = (m, 0 if weights is None else m, n)
-    return *(values.new_empty((copies, size, k)) for size in sizes), report, made
-
-
 _solve = define(
     "solve_over_ranks(Tensor values, Tensor? weights, Tensor? damp, Tensor? b, Tensor? e, Tensor? c, Tensor? known, "
     "Tensor? token, Tensor indices, SymInt m, SymInt n, SymInt whole, str group, str settings, str on_failure) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _solve_kernel,
-    _solve_fake,
+    solve_fake,
 )
 
 

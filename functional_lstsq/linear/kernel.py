@@ -48,7 +48,7 @@ def _solve_kernel(
     on_failure: str,
 ) -> tuple[Tensor, ...]:
     if not len(values):  # of an empty batch
-        *nothing, made = _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure)
+        *nothing, made = solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
     given = values, weights, damp, b, e, c, known
@@ -247,7 +247,8 @@ def _without_unknowns(b: Tensor, e: Tensor | None, c: Tensor, weights: Tensor | 
     return r, s, torch.zeros_like(c), nothing.packed(), no_token()
 
 
-def _solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure):
+def solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n, *_):
+    """Tensors of the shapes and dtypes that `solve_kernel` gives."""
     copies, k = values.shape[0], next(t for t in (b, e, c) if t is not None).shape[2]
     report = values.new_empty(Report.shape(copies, k), dtype=torch.float64)
     token = values.new_empty((1,), dtype=torch.int64, device="cpu")
@@ -260,5 +261,5 @@ solve_kernel = define(
     "Tensor? token, Tensor indices, SymInt m, SymInt n, str settings, str on_failure) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _solve_kernel,
-    _solve_fake,
+    solve_fake,
 )

@@ -120,6 +120,8 @@ class _Factors(Factored):
             damp = None if system.damp is None else system.damp[p]
             self.blocks.append(ShiftedFactor(A, damp, system.norms[p], system.empty[p, :, None], analysis))
             tell(phase="factor", total=system.copies)
+        if not self._is_clear:
+            _ = self.known  # before several threads may share the factors
 
     @lazy
     def largest(self) -> Tensor:  # type: ignore[override]
