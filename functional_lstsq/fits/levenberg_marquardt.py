@@ -300,7 +300,7 @@ class Descent:
         status = torch.where(told.deficient & (status != CONVERGED), float(RANK_DEFICIENT), status)
         near = objective.accept * torch.maximum(s.x.abs(), self.begin.abs())
         lost = errors.undetermined(model, s.scale, s.x, least, steps[:, :, [0, *range(2, 2 + _SAMPLES)]], near)
-        status = torch.where(found & lost, float(RANK_DEFICIENT), status)
+        status = torch.where(found & lost.any(1), float(RANK_DEFICIENT), status)
         if objective.settings.minimum_norm:
             status = torch.where(found & ~model.is_gauge(s.x, leaves), float(RANK_DEFICIENT), status)
         status = torch.where(self.broken, float(INACCURATE), status)
@@ -312,7 +312,7 @@ class Descent:
             optimality=optimality,
             forward_error=torch.where(status == RANK_DEFICIENT, torch.inf, error),
             condition=torch.where(self.broken, torch.nan, told.condition),
-            rank=told.rank,
+            rank=told.rank - lost.sum(1),
             norm=told.norm,
             cost=s.f,
         )

@@ -71,7 +71,7 @@ def is_rounding(
 
 
 def undetermined(model: Model, largest: Tensor, x: Tensor, least: Tensor, errors: Tensor, accept: Tensor) -> Tensor:
-    """Which of the problems (P,) have an unknown that the residuals do not depend on any more, but for rounding.
+    """Which unknowns (P, n) the residuals do not depend on any more, but for rounding.
 
     Its column was far larger on the way: an unknown that went to infinity, or one that an amplitude of zero, but for
     rounding, multiplies. Whatever it is then, it hides in norms of x, so its error is looked at by itself.
@@ -85,7 +85,7 @@ def undetermined(model: Model, largest: Tensor, x: Tensor, least: Tensor, errors
     zero = torch.linalg.vector_norm(model.norms * x, dim=1) <= least
     of_zero = torch.where(zero[:, None], least[:, None] / model.norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
     error = torch.maximum(errors.abs().amax(2), of_zero)
-    return ((model.norms <= _COLLAPSED * largest) & (largest > 0) & ~(error <= accept)).any(1)
+    return (model.norms <= _COLLAPSED * largest) & (largest > 0) & ~(error <= accept)
 
 
 def length_of_influence(psi: Tensor, w: Tensor) -> Tensor:
