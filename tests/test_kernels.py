@@ -9,7 +9,9 @@ from helpers import close, dense, problem
 
 import functional_lstsq as fl
 from functional_lstsq.solvers import dense as room
-from functional_lstsq.sparse import dense_kernels, kernels
+from functional_lstsq.solvers.certificate import Certificate
+from functional_lstsq.solvers.system import System
+from functional_lstsq.sparse import dense_kernels, kernels, plain_products
 from functional_lstsq.sparse.gram_pattern import GramPattern
 from functional_lstsq.sparse.plain_products import Operator
 from functional_lstsq.sparse.products import _sample_kernel
@@ -267,3 +269,45 @@ def test_a_batch_is_factored_as_its_matrices_are(n, monkeypatch):
     one_by_one = torch.stack([x(*one) for one in zip(values, b, strict=True)])
     monkeypatch.setattr(room, "_PART", 2 * n * n)
     torch.testing.assert_close(torch.vmap(x)(values, b), one_by_one, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["plain", "damped", "deficient", "given up"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_searches_for_known_solutions(monkeypatch, dtype, kind):
+    """Compiled and in torch: extreme singular values, and after how many iterations it is known enough."""
+    pattern, values, _ = problem(200, 60, dtype=dtype)
+    if kind == "deficient":
+        values = torch.where(pattern.indices[1] == 0, 0.0, values)
+        first = (pattern.indices[1] == 1).nonzero()[:, 0]
+        twin = torch.stack([pattern.indices[0][first], torch.zeros_like(first)])
+        kept = pattern.indices[:, pattern.indices[1] != 0]
+        values = torch.cat([values[pattern.indices[1] != 0], values[first]])
+        pattern = fl.SparsePattern(torch.cat([kept, twin], 1), pattern.shape)
+    damp = torch.tensor([[0.5]], dtype=torch.float64) if kind == "damped" else None
+    patience = 30.0 if kind == "given up" else math.inf
+
+    def certified():
+        system = System(Operator(pattern, values[None]), damp, torch.finfo(torch.float64).eps)
+        return Certificate(system, None, limit=1000, patience=patience), system
+
+    entered, search = [], plain_products.search
+    monkeypatch.setattr(plain_products, "search", lambda *given: entered.append(1) or search(*given))
+    compiled, system = certified()
+    assert entered
+    monkeypatch.setattr(kernels, "available", lambda device: False)
+    by_torch, _ = certified()
+    assert len(entered) == 1
+    for name in ("deficient", "failed"):
+        assert getattr(compiled, name).tolist() == getattr(by_torch, name).tolist() == [[kind == "deficient"]]
+    if kind == "deficient":  # which one column tells another after 16 iterations, and after 32 more
+        assert compiled.iterations <= 48
+        return
+    assert abs(compiled.iterations - by_torch.iterations) <= 2
+    assert abs(compiled.expected - by_torch.expected) <= 2
+    torch.testing.assert_close(compiled.condition, by_torch.condition, rtol=1e-6, atol=0)
+    A = system.A.dense()[0] * system.norms[0, :, 0].reciprocal()
+    if damp is not None:
+        A = torch.cat([A, torch.diag(system.damp[0, :, 0] / system.norms[0, :, 0]).to(A.dtype)])
+    sizes = torch.linalg.svdvals(A)
+    assert sizes[-1] <= compiled.smallest * (1 + 1e-9) <= 1.5 * sizes[-1]
+    assert 0.5 * sizes[0] <= compiled.largest <= sizes[0] * (1 + 1e-9)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.base import COARSE, norm
+from ..sparse.column_search import Wanted
 from ..sparse.numerics import noise
 from .conjugate_gradients import Normal, iterate
 from .ritz import condition_met
 from .single_precision import SINGLE_CONDITION, SingleSystem
 from .system import System
-from .watching import searching
+from .watching import is_watched, searching
 
 _SOLVES = 5  # a solve and its adjoint take about so many times the iterations that find the known solutions
 
@@ -156,16 +157,19 @@ class Certificate:
         # One step may find all of a few unknowns; the ratio of what is left then is one of rounding errors.
         least = max(torch.finfo(real).eps, unit) ** 0.5 * whole if target is system else 0.0
 
+        def note(error: Tensor, energy: Tensor, gradient: Tensor) -> Tensor:
+            """Extreme singular values by numbers (..., P, k) of iterations; the gradients that count."""
+            seen = ((energy > floor) | exact) & (error > least)
+            ratios = torch.where(seen, energy / error, torch.inf).to(torch.float64)
+            self.smallest = torch.minimum(self.smallest, ratios.reshape(-1, *self.smallest.shape).amin(0))
+            slopes = torch.where(seen & (energy > 0), gradient / energy, 0.0).to(torch.float64)
+            self.largest = torch.maximum(self.largest, slopes.reshape(-1, *self.largest.shape).amax(0))
+            return torch.where(seen, gradient, 0.0)
+
         def converged(r: Tensor, y: Tensor, g: Tensor, gamma: Tensor, live: Tensor) -> Tensor:
             missing = wanted - y
             error, energy = norm(norms * missing), energy_of(r, missing)
-            gradient = gamma.sqrt() if self.given is None else norm(g / norms)
-            seen = ((energy > floor) | exact) & (error > least)
-            ratio = torch.where(seen, energy / error, torch.inf).to(torch.float64)
-            self.smallest = torch.minimum(self.smallest, ratio)
-            slope = torch.where(seen & (energy > 0), gradient / energy, 0.0)
-            self.largest = torch.maximum(self.largest, slope.to(torch.float64))
-            gradients.append(torch.where(seen, gradient, 0.0))
+            gradients.append(note(error, energy, gamma.sqrt() if self.given is None else norm(g / norms)))
             energies.append(energy)
             found = error <= threshold * whole
             if target is not system and bool((self.largest > SINGLE_CONDITION * self.smallest).any()):
@@ -178,15 +182,32 @@ class Certificate:
             smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
             return found | (energy <= floor) | (smallest <= system.tolerance * largest)
 
-        run = iterate(
-            target,
-            b,
-            c,
-            self.given or (lambda g: g * inverse),
-            converged,
-            limit=self.limit,
-            drop=False,
-        )
+        run = None
+        if self.given is None and not is_watched():
+            columns = self.smallest, threshold * whole, floor, -1.0 if exact else floor, least
+            numbers = [torch.as_tensor(number, device=b.device).expand_as(whole)[0].double() for number in columns]
+            rules = [*numbers[1:], torch.full_like(numbers[0], system.tolerance)]
+            rules.append(torch.full_like(numbers[0], math.inf if target is system else SINGLE_CONDITION))
+            extremes = torch.stack([numbers[0], self.largest[0]], 1)
+            sought = Wanted(
+                wanted, b, c, first, inverse, norms, target.d2, extremes, torch.stack(rules, 1), self.patience, _SOLVES
+            )
+            run = target.A.search(sought, self.limit)
+            if run is not None:
+                noted = [part.to(real) for part in (run.errors, run.energies, run.gradients)]
+                gradients += note(*noted)
+                energies += noted[1].nan_to_num(0.0)
+                self.errors += (noted[0] / whole).nan_to_num(0.0).amax((1, 2)).tolist()
+        if run is None:
+            run = iterate(
+                target,
+                b,
+                c,
+                self.given or (lambda g: g * inverse),
+                converged,
+                limit=self.limit,
+                drop=False,
+            )
         self.iterations = self.iterations + run.iterations
         if self.given is None:
             self.condition = torch.maximum(self.condition, condition_met(gradients, energies, run.iterations))

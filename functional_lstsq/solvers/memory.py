@@ -34,7 +34,7 @@ def available_bytes(device: torch.device | None = None) -> int:
     return max(0, min([_free(), *_under_limits(), *in_control_groups()]))
 
 
-def fits(wanted: float, room: float | None, device: torch.device) -> bool:
+def fits(wanted: float, room: float | None, device: torch.device | None) -> bool:
     """Whether so many bytes are at most `room`, or half of what is available; a little is not worth the question."""
     if room is None:
         return wanted <= _LITTLE or wanted <= available_bytes(device) / 2
@@ -113,9 +113,12 @@ def in_control_groups(root: str = "/") -> Iterator[int]:
 
 def _left(folder: Path, one: bool) -> Iterator[int]:
     """Bytes that one control group leaves, if it has a limit. Files that were read once can be dropped."""
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if one else ("memory.max", "memory.current")
-    most, used = ("".join(_lines(folder / name)).strip() for name in names)
-    if most.isdigit() and used.isdigit() and int(most) < _LIMITLESS:
+    of_most, of_used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if one else ("memory.max", "memory.current")
+    most = "".join(_lines(folder / of_most)).strip()
+    if not most.isdigit() or int(most) >= _LIMITLESS:
+        return
+    used = "".join(_lines(folder / of_used)).strip()
+    if used.isdigit():
         dropped = "total_inactive_file" if one else "inactive_file"
         stat = (line.split() for line in _lines(folder / "memory.stat"))
         yield int(most) - int(used) + sum(int(number) for name, number in stat if name == dropped)

@@ -191,6 +191,10 @@ class Products:
         """The compiled `kernels.Iteration` of these arguments but for A; None where there is none."""
         return None
 
+    def search(self, wanted: Any, limit: int) -> Any:
+        """The compiled `column_search.search` of these arguments but for A; None where there is none."""
+        return None
+
 
 class Scaled(Products):
     """diag(rows) A diag(columns)^-1 for rows (P, m, 1) and columns (P, n, 1), each None for ones."""

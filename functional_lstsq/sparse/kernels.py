@@ -39,10 +39,11 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 def _loops() -> Any:
     with _first:
         try:
-            from . import compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_small, compiled_triple
+            from . import compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small
+            from . import compiled_triple as triples
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
-        parts = compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_small, compiled_triple
+        parts = compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small, triples
         return SimpleNamespace(**functools.reduce(operator.or_, map(vars, parts)))
 
 
@@ -260,7 +261,7 @@ def run(name: str, key: tuple, rows: int, work: int, *arguments: Any) -> None:
         _ready.add(key)
         return
     kernel = getattr(_loops(), name)
-    threads = torch.get_num_threads() if work > _PARALLEL else 1
+    threads = min(torch.get_num_threads(), rows) if work > _PARALLEL else 1
     chunk = max(1, rows if threads == 1 else -(-rows // (_CHUNKS * threads)))
     helpers = _call_for_help(threads - 1, kernel, counter, chunk, arguments) if threads > 1 else []
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dense_kernels, kernels
 from .base import Products, dot, norm
+from .column_search import Found, Wanted, search
 from .exact_products import ExactProducts
 from .lazy import lazy
 from .numerics import at
@@ -27,6 +28,7 @@ _SINGLE_TERMS = 2000  # of a sum in single precision, whose rounding errors grow
 _GRAM_ENTRIES = 2**24  # of A^H A that are formed at a time
 # A dense product makes so many multiplications in the time of one of a sparse product, and so many before it counts.
 _DENSE_SPEED, _SMALL = 100, 10**7
+_SHARED = 500_000  # entries above which many threads gain by taking parts of one product each
 _COMPILED_SPEED = 5  # as much faster than torch a compiled kernel adds up products of entries
 
 
@@ -37,12 +39,16 @@ class RowByRow:
         pattern: positions of the entries, shape (m, n).
         values: (P, nnz) in the pattern's own order. A kernel that reads values in another order than by rows takes
             longer, even for one product.
+        in_order: whether they have been gathered already.
     """
 
-    def __init__(self, pattern: SparsePattern, values: Tensor):
-        order = pattern.rows.order  # gather is several times faster than index_select along rows
+    def __init__(self, pattern: SparsePattern, values: Tensor, *, in_order: bool = False):
+        order = None if in_order or values.stride(1) == 0 else pattern.rows.order  # 0: one number for all entries
         self.pattern, self.copies = pattern, len(values)
-        self.values = values.contiguous() if order is None else values.gather(1, order.expand(self.copies, -1))
+        if order is None:
+            self.values = values.contiguous()
+        else:  # gather is several times faster than index_select along rows
+            self.values = values.gather(1, order.expand(self.copies, -1))
         long = values.dtype == torch.float32 and _longest_row(pattern) > _LONG
         self.compiled = kernels.available(values.device)
         self.compiled_always = self.compiled and (long or values.is_complex())
@@ -209,7 +215,11 @@ class Operator(Products):
             return None
         if max(_longest_row(self.pattern), _longest_row(self.pattern.T)) > _SINGLE_TERMS:
             return None
-        return self.with_values(self.values.to(torch.complex64 if self.dtype.is_complex else torch.float32))
+        kind = torch.complex64 if self.dtype.is_complex else torch.float32
+        narrow = self.with_values(self.values.to(kind))
+        for name, pattern in (("rows", self.pattern), ("columns", self.pattern.T)):  # to gather anew takes much longer
+            setattr(narrow, name, RowByRow(pattern, getattr(self, name).values.to(kind), in_order=True))
+        return narrow
 
     def factor(self, d2: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """By a compiled kernel, where there are any."""
@@ -222,6 +232,13 @@ class Operator(Products):
         if not (0 < self.pattern.nnz <= kernels.SMALL and kernels.available(self.device)):
             return None
         return kernels.Iteration(self.pattern, self.rows.values, self.columns.values, *arguments)
+
+    def search(self, wanted: Wanted, limit: int) -> Found | None:
+        """Compiled, where the threads that there are can have a column each, or one product is too little for them."""
+        many = torch.get_num_threads() > 2 * wanted.solutions.shape[2] and self.pattern.nnz > _SHARED
+        if many or self.copies > 1 or not (self.pattern.nnz and kernels.available(self.device)):
+            return None
+        return search(self.pattern, self.rows.values, self.columns.values, wanted, limit)
 
 
 def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
