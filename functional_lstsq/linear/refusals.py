@@ -73,11 +73,13 @@ def require_matching(pattern: SparsePattern, wanted: Settings) -> None:
 
 def has_uneven_rows(system: System, p: int) -> bool:
     """Whether a square matrix has rows of sizes so different that it may have full rank once they are scaled."""
-    if system.m != system.n:
+    A = system.A
+    if A.height != system.n:
         return False
-    sizes = system.A.values[p].abs()
-    rows = sizes.new_zeros(system.m).scatter_reduce(0, system.A.pattern.indices[0], sizes, "amax")
-    return bool(rows.amax() > _UNEVEN * rows.amin()) and bool(rows.amin() > 0)
+    sizes = A.values[p].abs()
+    rows = sizes.new_zeros(system.m).scatter_reduce(0, A.pattern.indices[0], sizes, "amax")[:, None]
+    largest, least = A.largest(torch.stack([rows, 1 / rows]))[:, 0].tolist()
+    return bool(math.isfinite(least) and largest * least > _UNEVEN)
 
 
 def _named(columns: Sequence[int], wide: bool) -> str:

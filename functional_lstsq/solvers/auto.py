@@ -89,20 +89,24 @@ class Auto(Solver):
         if n <= self.dense_columns and dense_fits:
             yield Step(_DENSE, FEW_COLUMNS)
             return
-        if not system.A.has_entries:  # that a sparse factor could be made of: the rows are in several places
+        # A product alone makes no factor. Fewer rows than columns, which are not turned where they are in several
+        # places, leave more directions weak than a search for them by a sparse factor finds.
+        if not system.A.has_entries or (system.A.height < n and system.damp is None):
             yield Step(self.cgls, "no factor")
             if n <= _QR_LIMIT and dense_fits:
                 yield Step(_DENSE, "last resort")
             return
-        analysis = analyse(system)
-        iteration = costs.products_of_iteration(analysis.pattern.nnz, system.m, n)
-        products = costs.gram(analysis.products)
-        dense = products + costs.dense_factor(n) if dense_fits else math.inf
-        sparse_fits = analysis.bytes_before <= self.direct.room
-        sparse = products + costs.ordering(min(analysis.products, n**2)) if sparse_fits else math.inf
+        analysis, places = analyse(system), system.A.places
+        (entries, rows, work), bound = analysis.most, min(analysis.products, n**2)
+        iteration = costs.products_of_iteration(entries, rows, n) + costs.total(n, places)
+        products = costs.gram(work)
+        dense = products + costs.total(n**2, places) + costs.dense_factor(n) if dense_fits else math.inf
+        sparse_fits = analysis.bytes_before <= self.direct.room(places)
+        sparse = products + costs.total(bound, places) + costs.ordering(bound) if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
-        patience, lately = factor / costs.iteration(iteration), costs.Lately.of(system.A.pattern)
-        if not self.factor and costs.PATIENCE < patience < math.inf and lately.is_worth_it():
+        patience = factor / costs.iteration(iteration)
+        worth_it = bool(places.least(costs.Lately.of(system.A.pattern).is_worth_it()))
+        if not self.factor and costs.PATIENCE < patience < math.inf and worth_it:
             yield Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
@@ -110,7 +114,7 @@ class Auto(Solver):
             if not (dense_fits and analysis.fill > n**2 / 4):  # half of what there is to fill
                 flops, size = analysis.predicted
                 sparse += costs.sparse_factor(flops)
-                within = copies * size <= self.direct.room
+                within = copies * size <= self.direct.room(places)
                 choice, why = (self.direct, "") if within else (choice, "a factor would not fit into memory")
             factor = dense if isinstance(choice, Dense) else sparse
         if choice is not None:

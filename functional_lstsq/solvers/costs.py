@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..sparse.pattern import SparsePattern
+from ..sparse.places import Places
 
 _FLOPS = 2e10  # operations a second in a dense or sparse factor
 _PRODUCTS = 1e8  # multiplications a second in a sparse product of two matrices
 _ORDERED = 1e6  # entries a second in an ordering
 _BYTES = 8e9  # bytes a second in a sparse product with vectors
+_SUM, _SUMMED = 4e-4, 1.5e8  # seconds of a sum over places, on one machine, and numbers a second in it
 _CALLS = 1e-4  # seconds of an iteration, however small
 _DENSE_PASSES = 20  # over a dense factor, to use it and to know its condition number
 ANYWAY = 1e-2  # seconds of any solve, whatever its method
@@ -26,6 +28,11 @@ def products_of_iteration(entries: int, m: int, n: int) -> float:
 def iteration(products: float) -> float:
     """One iteration of conjugate gradients."""
     return products + _CALLS
+
+
+def total(numbers: int, places: Places) -> float:
+    """A sum over places of so many numbers of each."""
+    return 0.0 if places.alone else _SUM + numbers / _SUMMED
 
 
 def gram(multiplications: int) -> float:

@@ -23,6 +23,7 @@ from ..errors import BY_CGLS, MEMORY, TooLarge
 from ..result import INACCURATE, Report, method_code
 from ..sparse.double_double import Pair, Single
 from ..sparse.lazy import lazy
+from ..sparse.places import Places
 from .base import Solver
 from .factored import Factored, power
 from .inverse_iteration import WIDTHS
@@ -43,7 +44,7 @@ class Direct(Solver):
     """Factor A^H A sparsely and refine; finds the rank.
 
     The analysis is made once for each pattern, a factor once for each set of values; a batch of values shares the
-    analysis. The factor itself is always on the CPU.
+    analysis. The factor itself is always on the CPU; of rows on many ranks, every rank makes that of all rows.
 
     Args:
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3).
@@ -72,16 +73,15 @@ class Direct(Solver):
             raise TooLarge(f"method {method_name()} was not started: {reason}", BY_CGLS, MEMORY)
         return _Factors(self, system, analysis, minimum_norm)
 
-    @property
-    def room(self) -> float:
-        """Bytes that factors may take."""
-        return self.memory or available_bytes() / 2
+    def room(self, places: Places) -> float:
+        """Bytes that factors may take, in each of the places where there are rows."""
+        return self.memory or places.least(available_bytes() / 2)
 
     def too_large(self, analysis: GramAnalysis, copies: int) -> str:
         """Why a factor is not to be started; empty if it fits."""
         for wanted in (lambda: analysis.bytes_before, lambda: copies * analysis.predicted[1]):
             size = wanted()
-            room = self.room  # which the analysis, that predicts, has made smaller
+            room = self.room(analysis.places)  # which the analysis, that predicts, has made smaller
             if size > room:
                 return f"it would take about {size:.1e} bytes, of {room:.1e} that it may"
         return ""
@@ -89,10 +89,11 @@ class Direct(Solver):
 
 def analyse(system: System) -> GramAnalysis:
     """The analysis for the pattern of `system`, kept on the pattern."""
-    complex_values = system.A.dtype.is_complex
-    return system.A.pattern.keep(
+    pattern, places, complex_values = system.A.pattern, system.A.places, system.A.dtype.is_complex
+    return places.kept(
+        pattern,
         ("gram", complex_values),
-        lambda: GramAnalysis(system.A.pattern, complex_values=complex_values),
+        lambda: GramAnalysis(pattern, complex_values=complex_values, places=places),
     )
 
 
@@ -167,7 +168,8 @@ class _Factors(Factored):
         limit = self.system.tolerance * largest
         if whole.explore(largest, limit, WIDTHS[:_FIRST]):
             return whole, False
-        local = local_factor(self.system, p, limit, self.analysis, self.solver.too_large)
+        here = self.analysis.places.alone  # a local basis is made of whole columns
+        local = local_factor(self.system, p, limit, self.analysis, self.solver.too_large) if here else None
         if local is None:
             return whole, not whole.explore(largest, limit, WIDTHS[_FIRST:])
         return local, not local.explore(largest)

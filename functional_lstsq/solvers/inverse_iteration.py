@@ -141,8 +141,14 @@ class InverseIteration:
 
     def _ritz(self, V: Tensor) -> tuple[Tensor, Tensor]:
         """Singular values of [A; d] V, and its right singular vectors; ascending."""
-        image = self.A.matmul(V[None])[0]
-        image = image if self.damp is None else torch.cat([image, self.damp * V])
-        R = torch.linalg.qr(image, mode="r").R
-        _, s, Wh = torch.linalg.svd(R)
+        _, s, Wh = torch.linalg.svd(triangle(self.A, self.damp, V))
         return s.flip(0), Wh.mH.flip(1)
+
+
+def triangle(A: Products, damp: Tensor | None, V: Tensor) -> Tensor:
+    """R (q, q) of the QR factorisation of [A; d] V, of all rows of A, for V (n, q)."""
+    image = A.matmul(V[None])[0]
+    image = image if damp is None or not A.leads else torch.cat([image, damp * V])
+    R = torch.linalg.qr(image, mode="r").R
+    R = torch.nn.functional.pad(R, (0, 0, 0, V.shape[1] - len(R)))  # where fewer rows are here
+    return A.stacked(R[None])[0]

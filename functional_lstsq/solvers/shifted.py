@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import OTHER_SOLVER, SolveError
 from ..sparse.base import Products
 from ..sparse.numerics import noise
-from .inverse_iteration import WIDTHS, InverseIteration
+from .inverse_iteration import WIDTHS, InverseIteration, triangle
 from .sparse_factor import GramAnalysis, NotPositive, method_name
 
 _SHIFTS = (1e-14, 1e-12, 1e-10)  # relative to the squares of the norms of columns
@@ -51,7 +51,7 @@ class ShiftedFactor:
         extra = torch.where(empty, 1.0, 0.0 * norms2)  # a 1 on the diagonal where a column of zeros leaves nothing else
         if damp is not None:
             extra = extra + damp.square()
-        shifts = _SHIFTS_WITHOUT_ROWS if len(analysis.heavy) else _SHIFTS
+        shifts = _SHIFTS_WITHOUT_ROWS if analysis.left_out else _SHIFTS
         for shift in shifts:
             # The factor adds shift times a diagonal, which holds what is on the diagonal anyway too.
             diagonal = (norms2 + extra / shift)[:, 0].cpu().numpy()
@@ -66,7 +66,7 @@ class ShiftedFactor:
         # The shift changes squares of singular values below this by more than a thirtieth, too much for the iteration.
         self.threshold = (30 * shift) ** 0.5
         self.U: Tensor | None = None
-        if len(analysis.heavy):
+        if analysis.left_out:
             self.U = analysis.heavy_rows(values)
             self.inverse_U = self._solve(self.U)
             inner = self.U.mH @ self.inverse_U
@@ -105,9 +105,7 @@ class ShiftedFactor:
 
     def _within(self, V: Tensor) -> Tensor:
         """The least |[A; d] v| / |N v| over the span of V (n, q), whose columns have norm 1."""
-        image = self.A.matmul(V[None])[0]
-        image = image if self.damp is None else torch.cat([image, self.damp * V])
-        of_A, of_N = (torch.linalg.qr(W, mode="r").R for W in (image, self.norms * V))
+        of_A, of_N = triangle(self.A, self.damp, V), torch.linalg.qr(self.norms * V, mode="r").R
         return torch.linalg.svdvals(torch.linalg.solve_triangular(of_N, of_A, upper=True, left=False)).min()
 
     def _invert(self, g: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from ..errors import OTHER_SOLVER, SolveError
-from ..sparse.gram_pattern import GramPattern, gram_pattern
+from ..sparse.gram_pattern import Gram
 from ..sparse.lazy import lazy
 from ..sparse.pattern import SparsePattern
+from ..sparse.places import HERE, Places
 from ..torch_func.process import pool_of
 
 try:
@@ -42,27 +43,40 @@ class NotPositive(ArithmeticError):
 
 
 class GramAnalysis:
-    """The pattern of A^H A and the analysis of its factor.
+    """The pattern of A^H A and the analysis of its factor, which is the same in all `places` where rows of A are.
 
-    Rows with so many entries that they alone would fill A^H A are left out of it: `heavy` are their numbers, and the
-    caller brings them back as a low-rank update.
+    Rows with so many entries that they alone would fill A^H A are left out of it: `heavy` are the numbers of those that
+    are here, and the caller brings them back as a low-rank update.
+
+    Attributes:
+        left_out: how many rows are left out in all places.
+        products: multiplications of A^H A in all places, a bound on its entries too.
+        most: entries, rows and multiplications of the place that has most of each.
     """
 
-    def __init__(self, pattern: SparsePattern, *, complex_values: bool):
-        self.pattern, self.complex_values, self.n = pattern, complex_values, pattern.shape[1]
+    def __init__(self, pattern: SparsePattern, *, complex_values: bool, places: Places = HERE):
+        self.pattern, self.complex_values, self.n, self.places = pattern, complex_values, pattern.shape[1], places
         counts = pattern.rows.pointers.diff().to(torch.int64)
-        work = counts.square()
-        heavy = counts > max(_HEAVY_ROW, 4 * pattern.nnz / max(1, pattern.shape[0]))
-        few = 0 < int(heavy.sum()) <= _HEAVY and int(work[heavy].sum()) > max(_HEAVY_WORK, int(work[~heavy].sum()))
+        entries, rows = self._of_all(pattern.nnz, pattern.shape[0])
+        work, heavy = counts.square(), counts > max(_HEAVY_ROW, 4 * entries / max(1, rows))
+        of_heavy, of_others = int(work[heavy].sum()), int(work[~heavy].sum())
+        count, of_heavy, others = self._of_all(int(heavy.sum()), of_heavy, of_others)
+        few = 0 < count <= _HEAVY and of_heavy > max(_HEAVY_WORK, others)
         heavy = heavy if few else torch.zeros_like(heavy)
         self.heavy = heavy.nonzero()[:, 0]
-        self.products = int(work[~heavy].sum())  # multiplications of A^H A, a bound on its entries too
+        here = int(work[~heavy].sum())
+        self.left_out, self.products = (count, others) if few else (0, others + of_heavy)
+        most = torch.tensor([pattern.nnz, pattern.shape[0], here], device=pattern.device)
+        self.most: tuple[int, ...] = tuple(places.largest(most).tolist())
         self.kept = None if not few else (~heavy[pattern.indices[0]]).nonzero()[:, 0]
+
+    def _of_all(self, *counts: int) -> list[int]:
+        return self.places.total(torch.tensor(counts, device=self.pattern.device)).tolist()
 
     @property
     def bytes_before(self) -> int:
-        """A bound on what A^H A itself takes, known before it is formed."""
-        return _ENTRY_BYTES * min(self.products, self.n**2)
+        """A bound on what A^H A of the rows in one place takes, known before it is formed."""
+        return _ENTRY_BYTES * min(self.most[2], self.n**2)
 
     @lazy
     def light(self) -> SparsePattern:
@@ -72,8 +86,8 @@ class GramAnalysis:
         return SparsePattern(self.pattern.indices[:, self.kept], self.pattern.shape)
 
     @lazy
-    def _pattern(self) -> GramPattern:
-        return gram_pattern(self.light)
+    def _pattern(self) -> Gram:
+        return self.places.gram_pattern(self.light)
 
     def _gram(self, values: Tensor) -> Tensor:
         """The lower triangle of A^H A (entries,), column by column, for the values (nnz,) of one matrix."""
@@ -127,19 +141,23 @@ class GramAnalysis:
 
     @lazy
     def _symbolic(self) -> Any:
-        starts, i, _, _ = self._layout
-        lower = csc_matrix((np.ones(len(i)), i, starts), shape=(self.size, self.size))
-        threads = pool_of(torch.get_num_threads() if len(i) > _PARALLEL_ENTRIES else 1)
+        _ = self._pattern  # which places make together
 
-        def analyze(ordering: str) -> Any:
+        def analyze(lower: Any, ordering: str, threads: int) -> Any:
             return _without_panic(lambda: rslab.analyze(lower, path="ldlt", ordering=ordering, threads=threads))
 
-        analysis = analyze("amf")
-        if analysis.estimate_memory()["factor_flops"] > _FAST_ORDERING:
-            other = analyze("metis")
-            if other.estimate_memory()["factor_flops"] < analysis.estimate_memory()["factor_flops"]:
-                return other
-        return analysis
+        def make() -> Any:
+            starts, i, _, _ = self._layout
+            lower = csc_matrix((np.ones(len(i)), i, starts), shape=(self.size, self.size))
+            threads = pool_of(torch.get_num_threads() if len(i) > _PARALLEL_ENTRIES else 1)
+            analysis = analyze(lower, "amf", threads)
+            if analysis.estimate_memory()["factor_flops"] > _FAST_ORDERING:
+                other = analyze(lower, "metis", threads)
+                if other.estimate_memory()["factor_flops"] < analysis.estimate_memory()["factor_flops"]:
+                    return other
+            return analysis
+
+        return self.places.together(make)
 
     @property
     def _threads(self) -> int:
@@ -171,12 +189,22 @@ class GramAnalysis:
         Raises:
             NotPositive: the shift is too small.
         """
-        _, _, source, on_diagonal = self._layout
         numbers = self._gram(values)
-        stacked = torch.cat([numbers.real, numbers.imag, -numbers.imag] if self.complex_values else [numbers])
-        data = np.append(stacked.cpu().numpy(), 0.0)[source]
-        data[on_diagonal] += shift * np.repeat(diagonal, 2 if self.complex_values else 1)
-        return SparseFactor(lambda: self._numeric(data), self.complex_values)
+
+        def make() -> SparseFactor | None:
+            _, _, source, on_diagonal = self._layout
+            stacked = torch.cat([numbers.real, numbers.imag, -numbers.imag] if self.complex_values else [numbers])
+            data = np.append(stacked.cpu().numpy(), 0.0)[source]
+            data[on_diagonal] += shift * np.repeat(diagonal, 2 if self.complex_values else 1)
+            try:
+                return SparseFactor(lambda: self._numeric(data), self.complex_values)
+            except NotPositive:
+                return None
+
+        found = self.places.together(make)
+        if found is None:
+            raise NotPositive(f"A^H A + {shift:g} is not positive definite")
+        return found
 
     def _numeric(self, data: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """What solves with the factor of the real matrix whose lower triangle `data` is."""
@@ -203,11 +231,13 @@ class GramAnalysis:
 
     def heavy_rows(self, values: Tensor) -> Tensor:
         """The rows left out, as columns of a dense (n, p) tensor U: A^H A is the factored matrix and U U^H."""
-        U = values.new_zeros((self.n, len(self.heavy)))
-        for place, row in enumerate(self.heavy.tolist()):
-            where = (self.pattern.indices[0] == row).nonzero()[:, 0]
-            U[self.pattern.indices[1, where], place] = values[where].conj()
-        return U
+        U = values.new_zeros((self.n, self.left_out))
+        rows, columns = self.pattern.indices
+        place = torch.full((self.pattern.shape[0],), -1, device=values.device)
+        place[self.heavy] = self.places.before(len(self.heavy)) + torch.arange(len(self.heavy), device=values.device)
+        which = (place[rows] >= 0).nonzero()[:, 0]
+        U[columns[which], place[rows[which]]] = values[which].conj().resolve_conj()
+        return self.places.total(U)
 
 
 class SparseFactor:

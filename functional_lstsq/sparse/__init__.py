@@ -8,7 +8,7 @@
 - base: `Products`, all that solvers ask of a matrix. plain_products: those of a sparse one. exact_products: products in
   twice the working precision.
 - precision: the primitive `convert`, into double precision and back.
-- gram_pattern, coloring: what follows from a pattern alone, for A^H A and for Jacobians.
+- gram_pattern, coloring: what follows from a pattern alone, for A^H A and for Jacobians. places: where rows are.
 - numerics, double_double: powers of two, noise that is the same every time, pairs of doubles.
 - picture: the pattern of a large matrix in a few cells.
 - lazy: an attribute that is made when it is first asked for.

@@ -20,6 +20,7 @@ from .double_double import Pair
 from .lazy import lazy
 from .numerics import EPS, noise
 from .pattern import SparsePattern
+from .places import HERE, Places
 
 COARSE = 1e-10  # unit above which products are in single precision
 _CHUNK = 2**18  # numbers that a cache holds
@@ -55,6 +56,7 @@ class Products:
         dtype, device: of A; vectors have the same.
         unit: the rounding error of a product, relative to |A| |x|.
         has_entries: whether there are `pattern` and `values` (P, nnz), which methods with a factor work with.
+        places: where the rows are.
         has_exact_products: whether there is `exact`.
     """
 
@@ -69,6 +71,7 @@ class Products:
     values: Tensor
     has_exact_products: bool = False
     steepest: Tensor | None = None  # (P, 1), about the largest singular value, where columns have one scale
+    places: Places = HERE
     leads: bool = True  # whether this is the place, of all where there are rows, that counts what belongs to no row
     name: str = "matmul"  # of what the user gave, in a message
 

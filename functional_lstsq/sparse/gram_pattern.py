@@ -20,12 +20,23 @@ from .pattern import SparsePattern
 _PAIRS = 2**24  # products of a plan, of 8 bytes each, that a pattern keeps
 
 
-class GramPattern:
+class Gram:
     """The lower triangle of A^H A, column by column.
 
     Attributes:
         rows, columns: positions (entries,), ascending by column, then by row; what no row of A has is left out.
     """
+
+    rows: Tensor
+    columns: Tensor
+
+    def values(self, values: Tensor) -> Tensor:
+        """(entries,) for the values (nnz,) of A in double precision, plain tensors."""
+        raise NotImplementedError
+
+
+class GramPattern(Gram):
+    """Of a matrix whose rows are all here."""
 
     def __init__(self, pattern: SparsePattern):
         self.pattern = pattern
@@ -43,7 +54,6 @@ class GramPattern:
         return self.pattern.device
 
     def values(self, values: Tensor) -> Tensor:
-        """(entries,) for the values (nnz,) of A in double precision, plain tensors."""
         values = values.resolve_conj()
         if kernels.available(self.device):
             return kernels.gram(self.pattern, self._kernel_plan, values)

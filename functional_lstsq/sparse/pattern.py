@@ -29,7 +29,8 @@ def new_name() -> str:
 # A pattern is made of plain tensors wherever it is made: inside torch.func even a slice would come out wrapped, and
 # what is made in inference mode could not be saved for a derivative later.
 @contextmanager
-def _plainly():
+def plainly():
+    """Where what is kept on a pattern is made."""
     with entrance, unseen_by_transforms(), torch.inference_mode(False):
         yield
 
@@ -92,7 +93,7 @@ class SparsePattern:
             raise ValueError(f"shape must not be negative, got {(m, n)}")
         if is_mapped(indices):
             raise ValueError("indices must be the same for the whole batch; a pattern cannot be vmapped")
-        with _plainly():
+        with plainly():
             rows, columns = concrete(indices).detach().to(torch.int64)
             self._fill(torch.stack([rows, columns, rows]), (m, n), flipped=False)
             self._check()
@@ -107,7 +108,7 @@ class SparsePattern:
         self._kept: dict[Hashable, Any] = {}
         self._related: dict[Hashable, Any] = {}
         self.name = new_name()  # a text, which a compiler takes for what is constant
-        with _plainly():
+        with plainly():
             self.indices = buffer[1:] if flipped else buffer[:2]
         self.nnz = self.indices.shape[1]
         _known[_key(self.indices, *shape)] = _named[self.name] = self
@@ -135,13 +136,13 @@ class SparsePattern:
     @lazy
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows and columns of the entries row by row, and their places in the caller's order: of memory for entries."""
-        with _plainly():
+        with plainly():
             return sort(self.indices[0], self.indices[1], self.shape)
 
     @lazy
     def rows(self) -> Orientation:
         """Compressed rows (CSR) of the pattern."""
-        with _plainly():
+        with plainly():
             rows, columns, order = self._sorted
             self.__dict__.pop("_sorted", None)  # is not needed any more
             boundaries = torch.arange(self.shape[0] + 1, device=rows.device, dtype=rows.dtype)
@@ -182,7 +183,7 @@ class SparsePattern:
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """What `make` gives, kept under `key` as long as the pattern lives: analyses that need no values."""
         if key not in self._kept:
-            with _plainly():
+            with plainly():
                 self._kept[key] = make()
         return self._kept[key]
 
@@ -190,7 +191,7 @@ class SparsePattern:
         """As `keep`, for what depends on something else too, which `key` tells: the last 16 of these are kept."""
         found = self._related.get(key)
         if found is None:
-            with _plainly(), unseen_by_tracers():
+            with plainly(), unseen_by_tracers():
                 found = make()
             for old in list(self._related)[: 1 - _RELATED]:
                 self._related.pop(old, None)
