@@ -16,6 +16,13 @@ from helpers import normal, problem, with_singular_values
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 import functional_lstsq as fl
+from functional_lstsq.distributed import places
+from functional_lstsq.distributed.products import RowsOverRanks
+from functional_lstsq.solvers import direct, sparse_factor
+from functional_lstsq.solvers.direct import analyse
+from functional_lstsq.solvers.system import EPS, System
+from functional_lstsq.sparse.gram_pattern import GramPattern
+from functional_lstsq.sparse.plain_products import Operator
 
 SPLITS = {
     "even": lambda m: (0, m // 2, m),
@@ -24,7 +31,7 @@ SPLITS = {
     "four": lambda m: (0, 1, 1, m // 3, m),
 }
 CGLS = fl.CGLS(tolerance=1e-14)
-SOLVERS = {"auto": None, "dense": fl.Dense(), "cgls": CGLS}
+SOLVERS = {"auto": None, "dense": fl.Dense(), "direct": fl.Direct(), "cgls": CGLS}
 
 
 def multiplied(A, x):
@@ -229,9 +236,9 @@ def products(place):
     return {"same": [adjoint(place.A, Y), by_X], "rows": [place.A @ X, by_Y], "entries": [place.entries_of(by_A)]}
 
 
-def of_dtype(place):
-    found = fl.solve(place.A, place.b)
-    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b).abs().square().sum(), (0, 1))(place.A, place.b)
+def of_dtype(place, solver=None):
+    found = fl.solve(place.A, place.b, solver=solver)
+    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b, solver=solver).abs().square().sum(), (0, 1))(place.A, place.b)
     return {"same": [found.x], "rows": [found.residual, by_b], "entries": [place.entries_of(by_A)]}
 
 
@@ -249,18 +256,19 @@ def ill_conditioned_gradient(place):
     return {**found, "same": [*found["same"], along]}
 
 
-def wide(place):
-    by_A, by_damp = grad(lambda A, d: fl.lstsq(A, place.b, damp=d).sin().sum(), (0, 1))(place.A, torch.tensor(0.5))
-    return {"same": [fl.lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [place.entries_of(by_A)]}
+def wide(place, solver=None):
+    lstsq = partial(fl.lstsq, solver=solver)
+    by_A, by_damp = grad(lambda A, d: lstsq(A, place.b, damp=d).sin().sum(), (0, 1))(place.A, torch.tensor(0.5))
+    return {"same": [lstsq(place.A, place.b, damp=0.5), by_damp], "entries": [place.entries_of(by_A)]}
 
 
-def constrained(place):
+def constrained(place, solver=None):
     """Rows of infinite weight are met exactly, and heavy ones nearly; others have no weight."""
     row = place.rows(torch.arange(place.m))
     weights = torch.where(row % 19 == 18, torch.inf, torch.where(row % 7 == 3, 0.0, place.weights))
     weights = torch.where(row == 1, 1e20, weights)
-    by_all = grad(lambda A, b: fl.lstsq(A, b, weights=weights).sin().sum(), (0, 1))(place.A, place.b)
-    found = fl.solve(place.A, place.b, weights=weights)
+    by_all = grad(lambda A, b: fl.lstsq(A, b, weights=weights, solver=solver).sin().sum(), (0, 1))(place.A, place.b)
+    found = fl.solve(place.A, place.b, weights=weights, solver=solver)
     assert bool((found.residual[weights.isinf()] == 0).all())
     return {
         "same": [found.x],
@@ -269,33 +277,35 @@ def constrained(place):
     }
 
 
-def bounded(place):
+def bounded(place, solver=None):
+    solve = partial(fl.solve, solver=solver)
     n = place.A.shape[1]
     lower, upper = torch.linspace(-0.2, 0.0, n), torch.linspace(0.05, 0.2, n)
 
     def of_x(A, b, lower, upper, weights):
-        found = fl.solve(A, b, bounds=(lower, upper), weights=weights)
+        found = solve(A, b, bounds=(lower, upper), weights=weights)
         return found.x.sin().sum() + place.total((place.shared(found.x).sum() * found.residual.square()).sum())
 
-    found = fl.solve(place.A, place.b, bounds=(lower, upper))
+    found = solve(place.A, place.b, bounds=(lower, upper))
     bars = grad(of_x, (0, 1, 2, 3, 4))(place.A, place.b, lower, upper, place.weights)
-    columns = fl.solve(place.A, torch.stack([place.b, place.b.cos()], 1), bounds=(0, 0.1), damp=0.1)
+    columns = solve(place.A, torch.stack([place.b, place.b.cos()], 1), bounds=(0, 0.1), damp=0.1)
     assert found.info.active.any()
     same = [found.x, found.info.active, found.info.multipliers, *bars[2:4], columns.x]
     return {"same": same, "rows": [found.residual, bars[1], bars[4]], "entries": [place.entries_of(bars[0])]}
 
 
-def kept(place):
+def kept(place, solver=None):
     """Factors that are kept serve solves, derivatives and studies, and none when values have changed."""
-    F = fl.factorize(place.A, weights=place.weights, damp=0.1)
+    F = fl.factorize(place.A, weights=place.weights, damp=0.1, solver=solver)
     once = fl.lstsq(F, place.b)
     again = fl.lstsq(F, place.b.cos())
     by_b = grad(lambda b: fl.lstsq(F, b).sin().sum())(place.b)
     by_columns = torch.vmap(lambda b: fl.lstsq(F, b))(torch.stack([place.b, place.b.exp()]))
     assert F.info is not None
-    by_values = grad(lambda v: fl.lstsq(fl.factorize(place.matrix(v)), place.b).sin().sum())(place.values)
+    of_values = lambda v: fl.factorize(place.matrix(v), solver=solver)  # noqa: E731
+    by_values = grad(lambda v: fl.lstsq(of_values(v), place.b).sin().sum())(place.values)
     values = place.values.clone()
-    changing = fl.factorize(place.matrix(values))
+    changing = of_values(values)
     early = place.pattern.indices[0] + place.first < place.m // 2
     if early.any():  # on the first ranks alone
         values[early] *= 2
@@ -318,24 +328,25 @@ def ill_conditioned_leverage(place):
     return {"rows": [fl.leverage(place.A), fl.leverage(place.A, place.weights)]}
 
 
-def compiled(place):
+def compiled(place, solver="auto"):
     """Whole graphs, which all ranks make of their own rows."""
+    lstsq = partial(fl.lstsq, solver=SOLVERS[solver])
 
     def of_A(A, b):
-        return grad(lambda A: fl.lstsq(A, b).sin().sum())(A)
+        return grad(lambda A: lstsq(A, b).sin().sum())(A)
 
     def of_columns(A, b):
-        return torch.vmap(lambda b: fl.lstsq(A, b, damp=0.1))(torch.stack([b, b.cos()]))
+        return torch.vmap(lambda b: lstsq(A, b, damp=0.1))(torch.stack([b, b.cos()]))
 
     def of_weights(A, b, weights):
-        return grad(partial(loss, place, "auto"), (1, 2))(A, b, weights, 0.2)
+        return grad(partial(loss, place, solver), (1, 2))(A, b, weights, 0.2)
 
     def whole(function, *given):
         if place.alone:
             return function(place.A, place.b, *given)
         return torch.compile(function, fullgraph=True, backend="aot_eager")(place.A, place.b, *given)
 
-    same = [whole(fl.lstsq), whole(of_columns)]
+    same = [whole(lstsq), whole(of_columns)]
     return {
         "same": same,
         "rows": [*whole(of_weights, place.weights)],
@@ -371,21 +382,21 @@ def fitted(place):
     return {"same": [found.x, by_offset, along, second, third, several], "rows": [found.residual, by_y, by_t, mixed]}
 
 
-def with_pinned(place):
+def with_pinned(place, solver="auto"):
     """Infinite dampings pin unknowns at zero."""
     n = place.A.shape[1]
     damp = torch.where(torch.arange(n) % 3 == 1, torch.inf, torch.linspace(0, 1, n))
     given = place.A, place.b, place.weights, damp
-    by_all = grad(partial(loss, place, "auto"), (0, 1, 2, 3))(*given)
+    by_all = grad(partial(loss, place, solver), (0, 1, 2, 3))(*given)
     x = fl.lstsq(place.A, place.b, weights=place.weights, damp=damp, solver=CGLS)
     return {"same": [x, by_all[3]], "rows": [*by_all[1:3]], "entries": [place.entries_of(by_all[0])]}
 
 
-def of_least_norm(place, weighted=True):
+def of_least_norm(place, weighted=True, solver=None):
     weights = torch.where(place.rows(torch.arange(place.m)) % 7 == 3, 0.0, place.weights) if weighted else None
 
     def of_x(A, b):
-        return fl.lstsq(A, b, weights=weights, rank_deficient="minimum_norm")
+        return fl.lstsq(A, b, weights=weights, rank_deficient="minimum_norm", solver=solver)
 
     by_A, by_b = grad(lambda A, b: of_x(A, b).sin().sum(), (0, 1))(place.A, place.b)
     along = jvp(of_x, (place.A, place.b), directions(place)[:2])[1]
@@ -402,11 +413,57 @@ def ill_conditioned(place):
     return {"same": [found.x], "rows": [found.residual]}
 
 
-def many_columns(place):
-    """More than the 500 up to which A^H A is factored."""
+def many_columns(place, method, tried=""):
+    """More than the 500 up to which A^H A is factored without a thought of its cost."""
     found = fl.solve(place.A, place.b)
-    assert place.alone or found.info.method == "cgls"
-    return {"same": [found.x], "rows": [found.residual]}
+    assert found.info.method.startswith(method), found.info.tried
+    assert tried in found.info.tried, found.info.tried
+    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b).sin().sum(), (0, 1))(place.A, place.b)
+    return {"same": [found.x], "rows": [found.residual, by_b], "entries": [place.entries_of(by_A)]}
+
+
+def with_full_rows(place):
+    """Rows on all ranks that are left out of A^H A, since they alone would fill it."""
+    before = sparse_factor._HEAVY_WORK, sparse_factor._HEAVY_ROW
+    sparse_factor._HEAVY_WORK, sparse_factor._HEAVY_ROW = 0, 10
+    try:
+        found = of_dtype(place, fl.Direct())
+        analysis = analyse(System(_products(place), None, EPS))
+        assert analysis.left_out == 2
+        return found | {"same": [*found["same"], gradient(place, "direct", "one")["same"][0]]}
+    finally:
+        sparse_factor._HEAVY_WORK, sparse_factor._HEAVY_ROW = before
+
+
+def _products(place):
+    local = Operator(place.pattern, place.values[None])
+    return local if place.alone else RowsOverRanks(local, place.A.ranks, place.m)
+
+
+def without_memory(place):
+    """`Auto` leaves a factor alone on all ranks where one of them has no memory for it."""
+    auto, rank = fl.Auto(dense_columns=1, dense_bytes=1, cgls=CGLS), 0 if place.alone else dist.get_rank()
+    found = on_rank_1(rank, direct, "available_bytes", lambda: 10, lambda: fl.solve(place.A, place.b, solver=auto))
+    spared = not place.alone and dist.get_world_size() > 1
+    assert (found.info.tried == "CGLS (A^H A would not fit into memory)") == spared
+    return {"same": [found.x]}
+
+
+def on_new_patterns(place):
+    """A rank's pattern may be a new one while that of another is what it was: what is kept is so together."""
+    found, old, first = [], place.pattern, place.first == 0
+    new = fl.SparsePattern(old.indices, old.shape)
+    for place.pattern in (old, new if first else old, old, old if first else new):
+        found.append(fl.lstsq(place.matrix(place.values), place.b, solver=fl.Direct()))
+    indices = place.pattern.indices.clone()
+    if not first:  # columns in another order, on the later ranks alone
+        indices[1] = place.A.shape[1] - 1 - indices[1]
+    place.pattern = fl.SparsePattern(indices, place.pattern.shape)
+    if not place.alone:
+        found.append(fl.lstsq(place.matrix(place.values), place.b, solver=fl.Direct()))
+        want = fl.lstsq(place.matrix(place.values), place.b, solver=fl.Dense())
+        assert torch.allclose(found.pop(), want, rtol=1e-10)
+    return {"same": found}
 
 
 def cosines(params, x):
@@ -445,6 +502,37 @@ def large_numbers(place):
     return {"same": [fl.lstsq(place.A, 1e250 * place.b) * 1e-250]}
 
 
+def full_rows(m=60, n=20):
+    """Sparse rows, with two that are full far from each other."""
+    pattern, _, b = problem(m, n, seed=4, density=0.06)
+    full = torch.zeros(m, n, dtype=torch.bool)
+    full[tuple(pattern.indices)] = True
+    full[torch.tensor([7, m - 2])] = True
+    return {"given": (fl.SparsePattern(full.nonzero().T, (m, n)), normal(int(full.sum()), seed=5), b), "m": m, "n": n}
+
+
+def grid(side, least):
+    """Differences of the points of a square, and each of them times `least`: the rows of one sort after the other."""
+    n = side * side
+    i = torch.arange(n).view(side, side)
+    of_pairs = ((i[:, :-1], i[:, 1:]), (i[:-1], i[1:]))
+    ends = torch.cat([torch.stack([one.reshape(-1), other.reshape(-1)]) for one, other in of_pairs], 1)
+    k = ends.shape[1]
+    rows = torch.cat([torch.arange(k), torch.arange(k), k + torch.arange(n)])
+    weight = 0.5 + normal(k, seed=6).abs()
+    values = torch.cat([-weight, weight, torch.full((n,), least)])
+    pattern = fl.SparsePattern(torch.stack([rows, torch.cat([*ends, torch.arange(n)])]), (k + n, n))
+    return {"given": (pattern, values, normal(k + n, seed=3)), "m": k + n, "n": n}
+
+
+def apart(m=40, n=8):
+    """The first half of the rows has entries in the first half of the columns only, the second half in the others."""
+    pattern, values, b = problem(m, n, seed=2)
+    early = pattern.indices[0] < m // 2
+    kept = early == (pattern.indices[1] < n // 2)
+    return {"given": (fl.SparsePattern(pattern.indices[:, kept], (m, n)), values[kept], b)}
+
+
 def without_full_rank(m=40):
     """Dummies of two kinds, of which one is always too many."""
     rows = torch.arange(m)
@@ -462,7 +550,7 @@ CASES = {  # name: (case, what the problem is)
     "solve, extended": (partial(solution, solver="dense", refine="extended"), {}),
     **{
         f"gradient, {solver}, {damp} damp": (partial(gradient, solver=solver, damp=damp), {})
-        for solver in ("dense", "cgls")
+        for solver in ("dense", "direct", "cgls")
         for damp in ("one", "each")
     },
     "weighted columns": (weighted_columns, {}),
@@ -492,6 +580,32 @@ CASES = {  # name: (case, what the problem is)
             ("products", products, {}),
         ]
     },
+    **{
+        f"Direct, {name}": (partial(case, **{"solver": fl.Direct()} | given), options)
+        for name, case, given, options in [
+            ("vmap over b", vmap_over_b, {}, {}),
+            ("vmap over values", vmap_over_values, {}, {}),
+            ("jvp", tangent, {}, {}),
+            ("jacrev by values and b", jacobian_by_values, {}, {}),
+            ("second derivatives by all", second_along_a_direction, {"solver": "direct"}, {}),
+            ("hessians", hessians, {"solver": "direct"}, {}),
+            ("complex128", of_dtype, {}, {"dtype": torch.complex128}),
+            ("float32", of_dtype, {}, {"dtype": torch.float32}),
+            ("no common pattern", of_dtype, {}, apart()),
+            ("ill-conditioned", of_dtype, {}, of_singular_values([1.0, 0.5, 1e-3, 1e-8], 30)),
+            ("wide with damp", wide, {}, {"m": 6, "n": 8}),
+            ("whole graphs", compiled, {"solver": "direct"}, {}),
+            ("bounds", bounded, {}, {}),
+            ("factors that are kept", kept, {}, {}),
+            ("constraints", constrained, {}, {}),
+            ("pinned unknowns", with_pinned, {"solver": "direct"}, {}),
+            ("least norm", of_least_norm, {}, without_full_rank()),
+            ("least norm, wide", of_least_norm, {}, {"m": 6, "n": 8}),
+        ]
+    },
+    "Direct, full rows": (with_full_rows, full_rows()),
+    "Direct, new patterns": (on_new_patterns, {}),
+    "Direct, without memory": (without_memory, {}),
     "operator, complex128": (of_dtype, {"by_products": True, "dtype": torch.complex128}),
     "operator, float32": (of_dtype, {"by_products": True, "dtype": torch.float32}),
     "operator, shared parameters": (of_shared_parameters, {}),
@@ -516,7 +630,8 @@ CASES = {  # name: (case, what the problem is)
     "stopped": (stopped, {}),
     "stopped operator": (stopped, {"by_products": True}),
     "ill-conditioned": (ill_conditioned, of_singular_values([1.0, 0.5, 1e-3, 1e-8], 30)),
-    "many columns": (many_columns, {"m": 1500, "n": 520, "density": 0.01}),
+    "many columns": (partial(many_columns, method="dense-cholesky"), {"m": 1500, "n": 520, "density": 0.01}),
+    "many columns, ill-conditioned": (partial(many_columns, method="direct"), grid(30, 1e-6)),
     "large numbers": (large_numbers, {}),
 }
 
@@ -550,6 +665,25 @@ def work(rank, size, folder, split):
     dist.destroy_process_group()
 
 
+class Own(fl.solvers.Solver):
+    """A solver that knows nothing of ranks."""
+
+
+def on_rank_1(rank, where, name, other, call):
+    """`call()`, for which rank 1 alone has another function of that name."""
+    before = getattr(where, name)
+    if rank == 1:
+        setattr(where, name, other)
+    try:
+        return call()
+    finally:
+        setattr(where, name, before)
+
+
+def out_of_memory(*_):
+    raise MemoryError("of this rank alone")
+
+
 def of_rank(rank, one, other):
     return one if rank == 1 else other
 
@@ -579,6 +713,9 @@ def _refusals(rank):
 
     def bent(A, x):
         return A.matmul(x) + 0.1 * A.matmul(x).square()
+
+    def by_factor():
+        return fl.lstsq(A, b, solver=fl.Direct())
 
     def operator(matvec, factor=1.0, rmatvec=None):
         rows = fl.SparseMatrix(place.values * factor, place.pattern)
@@ -617,7 +754,11 @@ def _refusals(rank):
             0 * b
         ),
         "robust": lambda: fl.lstsq(A, b, robust=fl.Huber()),
-        "Direct": lambda: fl.lstsq(A, b, solver=fl.Direct()),
+        "Direct of an operator": lambda: fl.lstsq(by_products, b, solver=fl.Direct()),
+        "a solver of one's own": lambda: fl.lstsq(A, b, solver=Own()),
+        "no memory for a factor": lambda: on_rank_1(rank, direct, "available_bytes", lambda: 10, by_factor),
+        "no memory for the union": lambda: on_rank_1(rank, places, "available_bytes", lambda: 10, by_factor),
+        "no memory for A^H A": lambda: on_rank_1(rank, GramPattern, "values", out_of_memory, by_factor),
         "a preconditioner": lambda: fl.lstsq(A, b, solver=fl.CGLS(preconditioner=lambda g: g)),
         "a callback": lambda: fl.lstsq(A, b, solver=fl.CGLS(callback=print)),
         "factors of an operator": lambda: fl.factorize(by_products),
@@ -675,7 +816,7 @@ def work_until_lost(rank, size, folder, how):
 
     fl.distributed.ranks.Ranks.sum = lost
     try:
-        fl.lstsq(place.A, place.b)
+        fl.lstsq(place.A, place.b, solver=CGLS)
         told = "nothing"
     except fl.distributed.RankError as error:
         told = str(error)

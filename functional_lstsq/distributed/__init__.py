@@ -12,7 +12,7 @@ bit. All ranks run the same program.
 - dtensors: DTensors that are sharded by rows, for b and weights.
 - bounds: bounds of the unknowns of such a matrix.
 - agreement: what all ranks hold against each other before and after a solve.
-- products: `Products` over ranks, all that solvers ask of the matrix.
+- products: `Products` over ranks, all that solvers ask of the matrix. places: A^H A of all rows, for sparse factors.
 - collectives: the primitives `total` and `shared`, the sum over ranks and its adjoint.
 - ranks: a group of torch.distributed: sums, agreement on what must be the same, and errors that all ranks raise.
 """

@@ -102,13 +102,15 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
     the values of A, or the params of its rows, are those of the rank's rows. All of torch.func goes through, to any
     order, `vmap` over b included. What enters a rank's rows and is the same on all ranks goes through `shared`,
     parameters of operators too, and so does x where it enters a part of the loss that `total` sums up. Solvers are
-    `Auto()`, `Dense()` and `CGLS()`, of operators `CGLS()`.
+    `Auto()`, `Dense()`, `Direct()` and `CGLS()`, of operators `CGLS()`. `Direct` searches for
+    directions below 5e-7 of the largest singular value, those of the null space included, one by one: of more than 512
+    it says that the error could not be estimated.
 
     `factorize`, `leverage` and `covariance` (but for sandwiches) take it too, where its rows have entries. b and
     weights may be DTensors that are sharded as its rows are; the residual and gradients by autograd then are too, but
     they do not go through torch.func.
 
-    Not to be had are `robust`, `Direct()`, CGLS with a preconditioner or a callback, bounds of operators,
+    Not to be had are `robust`, CGLS with a preconditioner or a callback, bounds of operators,
     fewer rows in all than columns without damping or rank_deficient="minimum_norm"; and in whole graphs of
     `torch.compile`, which all ranks must compile alike, bounds, operators and factors that are kept.
     A derivative in forward mode is along one direction of all ranks together: `jacfwd` by what is a rank's own would
@@ -128,8 +130,9 @@ def shard_rows(A: Any, group: Any = None) -> ShardedMatrix:
         RankError: a rank was lost. What it stops for, the others learn at the end of the group's timeout at the latest.
 
     Cost: two all-reduces of some integers. Of a solve with CGLS, for each iteration one all-reduce of n + 3 numbers for
-    a column, of 2 n + 6 in one of nine; with Dense, up to 500 columns, n^2 numbers once. Memory: this rank's rows, and
-    n numbers for each vector; with Dense n^2.
+    a column, of 2 n + 6 in one of nine; with Dense n^2 numbers once; with Direct the entries of A^H A once for each set
+    of values, and once for each pattern their positions. Memory: this rank's rows, and n numbers for each vector; with
+    Dense n^2; with Direct A^H A of all rows and its factor, which every rank makes.
 
     >>> import torch, functional_lstsq as fl
     >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -14,6 +14,7 @@ from ..sparse.base import Products, dot
 from ..sparse.double_double import Pair
 from ..sparse.numerics import EPS
 from ..sparse.plain_products import Operator
+from .places import OnRanks
 from .ranks import Ranks
 
 _FRESH = 8  # steps after which A^H r is taken of r itself, before rounding errors of its updates add up
@@ -126,13 +127,13 @@ class OverRanks(Products):
 class RowsOverRanks(OverRanks):
     """Of matrices whose entries are known: this rank has the rows `local`."""
 
-    has_exact_products = True
+    has_entries = has_exact_products = True
     unit = EPS
 
     def __init__(self, local: Operator, ranks: Ranks, height: int):
         self.local, self.ranks, self.whole = local, ranks, height
         self.copies, self.m, self.n, self.dtype, self.device = local.copies, local.m, local.n, local.dtype, local.device
-        self.pattern, self.values = local.pattern, local.values
+        self.pattern, self.values, self.places = local.pattern, local.values, OnRanks(ranks, local.device)
 
     def matmul(self, X: Tensor, out: Tensor | None = None) -> Tensor:
         return self.local.matmul(X, out)

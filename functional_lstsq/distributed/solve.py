@@ -14,7 +14,7 @@ from ..linear.factorization import Factorization
 from ..linear.matrix_free import static_of
 from ..linear.posed import rounded, shaped
 from ..result import Report, Solution, info_of
-from ..solvers import CGLS, Auto, Dense
+from ..solvers import CGLS, Auto, Dense, Direct
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..torch_func.tracing import refuse_recording
@@ -140,8 +140,9 @@ def _refuse(A: ShardedMatrix, damp: Any, robust: Any, solver: Any, rank_deficien
         raise ValueError(f"a sharded matrix allows no robust, got {robust!r}")
     if bounds is not None and isinstance(A.rows, LinearOperator):
         raise ValueError("a sharded matrix of operators allows no bounds")
-    if solver is not None and not isinstance(solver, (Auto, Dense, CGLS)):
-        raise TypeError(f"solver must be Auto(), Dense(), CGLS() or None for a sharded matrix, got {solver!r}")
+    if solver is not None and not isinstance(solver, (Auto, Dense, Direct, CGLS)):
+        of = "Auto(), Dense(), Direct(), CGLS() or None for a sharded matrix"
+        raise TypeError(f"solver must be {of}, got {solver!r}")
     iterating = solver.cgls if isinstance(solver, Auto) else solver
     for name in ("preconditioner", "callback"):
         if getattr(iterating, name, None) is not None:
