@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import SparseMatrix, SparsePattern, distributed, lstsq, progress, solve, vstack
+from .. import CGLS, SparseMatrix, SparsePattern, distributed, lstsq, progress, solve, vstack
 from ..solvers.watching import Step
 from .errors import BadInput
 from .output import Output
@@ -31,6 +31,7 @@ _BLOCKS, _ROWS, _COLUMNS, _ENTRIES = 12, 2_000, 1_000, 6  # blocks of rows, rows
 _TIMEOUT = 20.0  # seconds that ranks wait for one another
 _PATIENCE = 120.0  # seconds that the demo waits for a line of a rank
 _LAST = 5  # iteration of a rank that is killed
+_SOLVER = CGLS()  # which iterates, and so can be seen to be lost in the middle
 MOST = _BLOCKS  # ranks
 
 
@@ -62,8 +63,8 @@ def work(folder: str, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     mine, b = rows(rank, size)
     A = distributed.shard_rows(mine)
-    found = solve(A, b)
-    by_b = torch.func.grad(lambda b: lstsq(A, b).sum())(b)
+    found = solve(A, b, solver=_SOLVER)
+    by_b = torch.func.grad(lambda b: lstsq(A, b, solver=_SOLVER).sum())(b)
     torch.save({"x": found.x, "by_b": by_b}, f"{folder}/{rank}.pt")
     _say(rows=mine.shape[0], iterations=int(found.info.iterations), forward_error=float(found.info.forward_error))
 
@@ -74,7 +75,7 @@ def work(folder: str, rank: int, size: int) -> None:
 
     try:
         with progress(stall):
-            solve(A, b)
+            solve(A, b, solver=_SOLVER)
         _say(error="none")
     except distributed.RankError as error:
         _say(error=str(error))
@@ -98,8 +99,8 @@ def run(size: int, out: Output) -> int:
     if not (dist.is_available() and dist.is_gloo_available()):
         raise BadInput("argument --ranks: this torch has no gloo, by which processes would come together")
     A, b = rows(0, 1)
-    alone = solve(A, b)
-    by_b = torch.func.grad(lambda b: lstsq(A, b).sum())(b)
+    alone = solve(A, b, solver=_SOLVER)
+    by_b = torch.func.grad(lambda b: lstsq(A, b, solver=_SOLVER).sum())(b)
     processes: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
