@@ -16,7 +16,6 @@ import functools
 import operator
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,15 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .helpers import call_for_help
 from .numerics import at
 from .pattern import SparsePattern
 
 SMALL = 100_000  # multiplications up to which one thread has done a product before two of torch's have begun it
 _PARALLEL = 300_000  # multiplications above which another thread is asked for help, which takes some 30 microseconds
+_LONG = 2_000_000  # multiplications above which it is worth 5 microseconds to choose where that thread runs
 _CHUNKS = 8  # that each thread gets about
 _first = threading.RLock()  # held while Numba is imported and while it compiles
 _ready: set[tuple] = set()  # what has been compiled
-_pools: dict[int, ThreadPoolExecutor] = {}
 
 
 @functools.cache
@@ -263,9 +263,10 @@ def run(name: str, key: tuple, rows: int, work: int, *arguments: Any) -> None:
     kernel = getattr(_loops(), name)
     threads = min(torch.get_num_threads(), rows) if work > _PARALLEL else 1
     chunk = max(1, rows if threads == 1 else -(-rows // (_CHUNKS * threads)))
-    helpers = _call_for_help(threads - 1, kernel, counter, chunk, arguments) if threads > 1 else []
+    given, long = (counter, chunk, *arguments), work > _LONG
+    helpers = call_for_help(threads - 1, kernel, *given, long=long) if threads > 1 else []
     try:
-        kernel(counter, chunk, *arguments)
+        kernel(*given)
     finally:
         for helper in helpers:
             if not helper.cancel():  # it has begun
@@ -283,24 +284,6 @@ def _call_first(name: str, *arguments: Any) -> Any:
             return getattr(loops, name)(*arguments)
 
 
-def _call_for_help(count: int, kernel, counter: np.ndarray, chunk: int, arguments: tuple) -> list[Future]:
-    pool = _pools.get(count)
-    if pool is None:
-        pool = _pools.setdefault(count, ThreadPoolExecutor(count, "functional_lstsq"))
-    helpers = []
-    try:
-        for _ in range(count):
-            helpers.append(pool.submit(kernel, counter, chunk, *arguments))
-    except RuntimeError:  # the process ends, or may not start another thread
-        pass
-    return helpers
-
-
-def _begin_fork() -> None:
-    _pools.clear()  # whose threads are the parent's
-    _first.release()
-
-
 if hasattr(os, "register_at_fork"):
     # Nobody else's thread compiles while this one forks: in the child nobody would ever give its lock back.
-    os.register_at_fork(before=_first.acquire, after_in_parent=_first.release, after_in_child=_begin_fork)
+    os.register_at_fork(before=_first.acquire, after_in_parent=_first.release, after_in_child=_first.release)
