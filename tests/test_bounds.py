@@ -1,6 +1,7 @@
 """Bounded least squares and its derivatives, against the conditions of the minimum in rational arithmetic."""
 
 import itertools
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
@@ -239,6 +240,15 @@ def test_what_follows_an_unknown_that_is_put_at_its_bound_is_in_the_error():
         lower = torch.full((3,), -2.0, dtype=F64)
         b, upper = A @ lower, torch.full((3,), 2.0, dtype=F64)
         matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(5, 3))
-        x, _, info = fl.solve(matrix, b, bounds=(lower, upper))
+        x, _, info = fl.solve(matrix, b, bounds=(lower, upper), throw=False)
         exact = exactly((A, b, torch.zeros(3, dtype=F64), torch.ones(5, dtype=F64), lower, upper), lower, [0, 0, 0])
         assert apart(x, exact.x) <= 10 * float(info.forward_error) * norm(exact.x)
+        refused = float(info.forward_error) > torch.finfo(F64).eps ** (1 / 3)
+        assert info.status == ("inaccurate" if refused else "converged")
+        with pytest.raises(fl.ConvergenceError, match=r"x is not known: .* \(0, 1, 2\)") if refused else nullcontext():
+            fl.lstsq(matrix, b, bounds=(lower, upper))
+    A = A * torch.tensor([1.0, 1e-4, 1.0], dtype=F64)
+    matrix = fl.SparseMatrix(A.reshape(-1), full_pattern(5, 3))
+    mapped = torch.vmap(lambda b: fl.lstsq(matrix, b, bounds=(lower, upper)))
+    with pytest.raises(fl.ConvergenceError, match="1 of 2 problems; the first: 1"):
+        mapped(torch.stack([torch.zeros_like(b), A @ lower]))

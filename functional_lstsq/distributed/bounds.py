@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 from ..linear.active_set import ActiveSet, find_scaled
-from ..linear.bounds import Found, Judged, Posed, Strict, Ways, solve_bounded, without_refused
+from ..linear.bounds import Found, Posed, Ways, solve_bounded
 from ..linear.pivoting import Bounded
 from ..linear.settings import settings_of
+from ..linear.strict import Judged, Strict, require_known, without_refused
 from ..torch_func.cores import steady
 from .ranks import Ranks, digest
 from .sparse_rows import ShardedRows
@@ -33,7 +34,9 @@ class _Judged(Judged):
 
 class _Strict(Strict):
     @classmethod
-    def forward(cls, static: Any, r, x, weak, refused):
+    def forward(cls, static: Any, r, x, weak, refused, unknown):
+        if not static.derivative:
+            require_known(unknown, weak, static.on_failure)
         if not static.derivative or not bool(refused.any()):
             return r.clone(), x.clone()
         moved = ~static.ranks.everywhere((r == 0).all(2).all(1))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ITERATIONS, ConvergenceError, nearer_start
-from ..linear.bounds import Judged, Strict, solve_each
+from ..linear.bounds import solve_each
 from ..linear.gradient import Static
 from ..linear.pivoting import at_bounds
+from ..linear.strict import Judged, Strict
 from ..result import CONVERGED, ITERATION_LIMIT
 from ..solvers.system import EPS
 from ..solvers.watching import is_watched, tell
@@ -104,7 +105,8 @@ class OnSet(NamedTuple):
         # A free unknown that touches its bound may be beyond it by its error; x has no derivative there.
         x = torch.where((found.weak != 0) & (active == 0), found.x, x)
         judged = Judged(self.objective.on_failure)
-        return Strict.apply(judged, x.new_zeros(len(x), 0, 1), x[:, :, None], found.weak, refused)[1][:, :, 0]
+        told = found.weak, refused, torch.zeros_like(refused)
+        return Strict.apply(judged, x.new_zeros(len(x), 0, 1), x[:, :, None], *told)[1][:, :, 0]
 
 
 def within_bounds(objective: Objective, x0: Tensor, bounds: tuple[Tensor, Tensor], leaves: Leaves) -> OnSet:

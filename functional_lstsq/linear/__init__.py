@@ -11,7 +11,8 @@
   solve and its derivatives; factorization: a matrix with factors that a user keeps.
 - weighting: weights and constraints in the system. low_parts: what rounding has left out of a solution.
 - bounds: bounded solves, by one solve on the free unknowns; active_set: the search for these, which `guess` begins;
-  pivoting: its solves, and what each says of the minimum; bounded_operator: the same of an operator.
+  pivoting: its solves, and what each says of the minimum; bounded_operator: the same of an operator; strict: what of
+  a solution and its derivatives is refused.
 - weakest: the smallest singular values and their vectors, with derivatives to third order.
 - verdict: whether a solution is in range, and whether a derivative may be made of it.
 """

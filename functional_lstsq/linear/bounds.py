@@ -10,7 +10,7 @@ its error: strict complementarity. Where it fails x has no derivative, and none 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +18,11 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from ..errors import NAN, ConvergenceError
-from ..result import CONVERGED, RANK_DEFICIENT, SolveInfo, html_table, info_rows, of_solve, show
+from ..result import CONVERGED, INACCURATE, RANK_DEFICIENT, Report, SolveInfo, html_table, info_rows, of_solve, show
 from ..solvers.system import EPS
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
-from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
 from ..torch_func.tracing import concrete, is_traced
 from .active_set import ActiveSet, LeftOfShift
 from .arguments import Problem
@@ -34,6 +32,7 @@ from .gradient import Static
 from .matrix_free import static_of
 from .pivoting import at_bounds, farther, report_of_whole, shaken
 from .settings import Settings, check_solver, settings_of
+from .strict import Judged, Strict
 
 
 class BoundedInfo(NamedTuple):
@@ -179,14 +178,14 @@ def solve_bounded(posed: Posed, on_failure: str, ways: Ways | None = None) -> Fo
     # What it presses with, or would, is less than is known: the others may follow a change of its last digit.
     moved = torch.where(touching, torch.maximum((inside - x).abs(), EPS * x.abs()), 0.0).detach()[:, :, 0]
     x = torch.where(touching, inside, x)
-    refused = weak.any(1) | (status != CONVERGED)
-    r, x = ways.strict(r, x, weak, refused.to(x.dtype))
-    x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
-    numbers = report_of_whole(report, y, x, status)
+    numbers, refused = report_of_whole(report, y, x, status), weak.any(1) | (status != CONVERGED)
     if isinstance(A, SparseMatrix) and (is_traced(moved) or bool((concrete(moved) != 0).any())):
         values, of_each = A.values.detach().expand(k, -1), None if of_each is None else of_each.detach()
         far = shaken(ways.static, values, of_each, moved, active == 0, A.pattern.indices)
-        numbers = farther(numbers, far, x)
+        numbers = farther(numbers, far, x, settings.solver.threshold(settings.precision))
+    unknown = Report(*numbers.unbind(1)).status == INACCURATE
+    r, x = ways.strict(r, x, weak, refused.to(x.dtype), unknown.to(x.dtype))
+    x = torch.where((status == RANK_DEFICIENT)[:, None, None], torch.nan, x)
     columns = (t.movedim(0, -1).reshape(1, t.shape[1], k) for t in (r, x, numbers, active, multipliers, weak))
     return Found(*columns)
 
@@ -239,74 +238,3 @@ def solve_each(
     r, _, y, report, _ = Solve.apply(static, values, weights, damp, right, *(None,) * 4, indices, None)
     x = y.sum(2, keepdim=True) + bound
     return Found(r.sum(2, keepdim=True), x, status, active, multipliers, weak), y, report
-
-
-# Not a tuple, which torch.func would take apart at every call.
-@dataclass(frozen=True)
-class Judged:
-    on_failure: str
-    derivative: bool = False
-
-
-def _strict_kernel(r: Tensor, x: Tensor, weak: Tensor, refused: Tensor, on_failure: str, derivative: bool):
-    if not derivative or not bool(refused.any()):
-        return r.clone(), x.clone()
-    return without_refused(r, x, weak, refused, (r != 0).any(2).any(1), on_failure)
-
-
-def without_refused(
-    r: Tensor, x: Tensor, weak: Tensor, refused: Tensor, moved: Tensor, on_failure: str
-) -> tuple[Tensor, Tensor]:
-    """A derivative (r, x), where none is refused; `moved` (P,): whether r of any place is not zero."""
-    r, x = r.clone(), x.clone()
-    gone = (refused != 0) & (moved | (x != 0).any(2).any(1))
-    if on_failure != "raise":
-        r, x = (torch.where(gone[:, None, None], torch.nan, t) for t in (r, x))
-    elif bool(gone.any()):
-        p = int(gone.nonzero()[0, 0])
-        places = weak[p].nonzero()[:, 0].tolist()
-        which = ", ".join(str(j) for j in places[:5]) + (", ..." if len(places) > 5 else "")
-        where = f" ({int(gone.sum())} of {len(gone)} problems; the first: {p})" if len(gone) > 1 else ""
-        raise ConvergenceError(
-            f"x has no derivative{where}: unknowns at their bounds ({which}) do not press against them, to the errors "
-            "of their multipliers",
-            "other bounds",
-            NAN,
-        )
-    return r, x
-
-
-_strict = define(
-    "strict(Tensor r, Tensor x, Tensor weak, Tensor refused, str on_failure, bool derivative) -> (Tensor, Tensor)",
-    _strict_kernel,
-    lambda r, x, weak, refused, on_failure, derivative: (torch.empty_like(r), torch.empty_like(x)),
-)
-
-
-class Strict(Primitive):
-    """(r, x) as they are, whose derivatives are refused, or NaN, in the problems that are marked."""
-
-    @classmethod
-    def forward(cls, static: Judged, r, x, weak, refused):
-        return _strict(r.contiguous(), x.contiguous(), weak, refused, static.on_failure, static.derivative)
-
-    @classmethod
-    def _of(cls, static: Judged, inputs, derivatives):
-        given = (torch.zeros_like(t) if d is None else d for t, d in zip(inputs[:2], derivatives, strict=True))
-        return cls.apply(replace(static, derivative=True), *given, *inputs[2:])
-
-    @classmethod
-    def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
-        r, x, weak, refused = inputs
-        return *cls._of(static, (r, x, weak, refused), cotangents[:2]), None, None
-
-    @classmethod
-    def jvp_rule(cls, static, inputs, outputs, tangents):
-        return cls._of(static, inputs, tangents[:2])
-
-    @classmethod
-    def vmap(cls, info, in_dims, static, *tensors):
-        size = info.batch_size
-        joined = [join_matrices(t, dim, size) for t, dim in zip(tensors, in_dims[1:], strict=True)]
-        copies = extent(tensors, in_dims[1:], 0)
-        return tuple(split_matrices(t, size, copies) for t in cls.apply(static, *joined)), (0, 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankDeficientError
-from ..result import CONVERGED, RANK_DEFICIENT, ZERO, Report
+from ..result import CONVERGED, INACCURATE, RANK_DEFICIENT, ZERO, Report
 from ..solvers.system import EPS
 from ..sparse.double_double import Pair, two_sum
 from ..sparse.exact_products import ExactProducts
@@ -259,8 +259,10 @@ def report_of_whole(report: Tensor, y: Tensor, x: Tensor, status: Tensor) -> Ten
     return torch.stack(list(first._replace(status=worst, solution_error=error)), 1)
 
 
-def farther(numbers: Tensor, far: Tensor, x: Tensor) -> Tensor:
+def farther(numbers: Tensor, far: Tensor, x: Tensor, accept: float) -> Tensor:
     """A report (k, fields) of x with an error that is `far`, times the condition number, larger."""
     told = Report(*numbers.unbind(1))
     more = torch.where(far > 0, told.condition * far / torch.linalg.vector_norm(x.detach()[:, :, 0], dim=1), 0.0)
-    return torch.stack(list(told._replace(solution_error=told.solution_error + more)), 1)
+    error = told.solution_error + more
+    status = torch.where((told.status == CONVERGED) & (error > accept), float(INACCURATE), told.status)
+    return torch.stack(list(told._replace(solution_error=error, status=status)), 1)
