@@ -66,7 +66,7 @@ class Dense(Solver):
         if not bool(system.A.everywhere(torch.tensor(room, device=device))):
             raise TooLarge(
                 f"method dense was not started: its factors would take about {wanted:.1e} bytes, of "
-                f"{available_bytes(device):.1e} that are available",
+                f"{system.A.places.least(available_bytes(device)):.1e} that are available",
                 BY_CGLS,
             )
         return _Factors(system, minimum_norm, self.threshold(system.precision), self.orthogonal)
