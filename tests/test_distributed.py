@@ -276,3 +276,17 @@ def test_what_no_whole_graph_takes_is_refused():
 def test_what_takes_no_sharded_matrix_says_so(function):
     with pytest.raises(TypeError, match=r"must be .* torch sparse tensors?, got .*ShardedMatrix"):
         function(fl.distributed.shard_rows(fl.eye(2)))
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("name", ["b", "weights"])
+def test_a_dtensor_beside_rows_of_one_place_is_refused(name):
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    rows = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
+    given = {"b": torch.ones(2), name: rows}
+    message = rf"{name} must be a Tensor, got a DTensor, .* functional_lstsq\.distributed\.shard_rows\(A\)"
+    with pytest.raises(TypeError, match=message):
+        fl.lstsq(fl.eye(2), **given)
+    with pytest.raises(TypeError, match=message):
+        torch.func.grad(lambda t: fl.lstsq(fl.eye(2), **{**given, name: t}).sum())(rows)

@@ -6,35 +6,20 @@ derivatives are DTensors again.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..torch_func.closures import plain
+from ..torch_func.tracing import dtensor_kind, is_dtensor
 from .ranks import Ranks
-
-
-def _kind() -> Any:
-    """The class, if anybody has imported it: it takes a while."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-
-
-def is_dtensor(t: Any) -> bool:
-    """Whether it is one, or a transformation has one in it."""
-    kind = _kind()
-    if isinstance(t, kind) or torch.compiler.is_compiling():
-        return isinstance(t, kind)
-    return isinstance(t, Tensor) and isinstance(plain(t), kind)
 
 
 def rows_of(t: Any, name: str, ranks: Ranks) -> Any:
     """This rank's rows of a DTensor, differentiable; what is none as it is."""
     if not is_dtensor(t):
         return t
-    if not isinstance(t, _kind()):
+    if not isinstance(t, dtensor_kind()):
         raise TypeError(f"{name} must be no DTensor within torch.func, but this rank's rows: {name}.to_local()")
     if len(t.placements) != 1 or not t.placements[0].is_shard(0):
         raise ValueError(f"{name} must be sharded by rows, as a DTensor with placements [Shard(0)], got {t.placements}")
@@ -48,7 +33,7 @@ def like(b: Any, rows: Tensor) -> Tensor:
     """A DTensor of these rows, sharded as b is, where b is a DTensor; else the rows."""
     if not is_dtensor(b):
         return rows
-    found: Tensor = _kind().from_local(
+    found: Tensor = dtensor_kind().from_local(
         rows, b.device_mesh, b.placements, run_check=False, shape=b.shape, stride=b.stride()
     )
     return found

@@ -17,9 +17,9 @@ from ..result import Report, Solution, info_of
 from ..solvers import CGLS, Auto, Dense, Direct
 from ..sparse.matrix import SparseMatrix
 from ..sparse.operator import LinearOperator
-from ..torch_func.tracing import refuse_recording
+from ..torch_func.tracing import is_dtensor, refuse_recording
 from .bounds import solve_bounded_together
-from .dtensors import is_dtensor, like, rows_of
+from .dtensors import like, rows_of
 from .matrix import ShardedMatrix
 from .operator_rows import SolveOverRanks, over_ranks
 from .ranks import Ranks

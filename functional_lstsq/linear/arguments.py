@@ -14,7 +14,7 @@ from ..sparse.matrix import DTYPES, SparseMatrix, single
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
 from ..torch_func.layouts import LAYOUTS
-from ..torch_func.tracing import concrete, is_traced, prepare_compiler, refuse_recording, told
+from ..torch_func.tracing import concrete, is_dtensor, is_traced, prepare_compiler, refuse_recording, told
 from .factorization import Factorization
 from .settings import Settings, check_solver, stops_early, text_for_graph
 
@@ -162,6 +162,7 @@ def _refuse_matrix(A: Any) -> NoReturn:
 def _right_hand_side(b: Any, A: Any, shape: tuple[int, int], of_A: torch.dtype) -> Tensor:
     """b, if it is one for an A of this shape whose values are of the dtype `of_A`."""
     m, n = shape
+    _require_here("b", b)
     if not isinstance(b, Tensor) or b.layout != torch.strided:
         got = f"layout {b.layout}" if isinstance(b, Tensor) else type(b).__name__
         hint = "; torch.from_numpy(b) or b.to_dense() makes one"
@@ -177,6 +178,15 @@ def _right_hand_side(b: Any, A: Any, shape: tuple[int, int], of_A: torch.dtype) 
     if of_A not in DTYPES or coarse:
         raise TypeError(f"A and b must be float32, float64, complex64 or complex128, got {of_A} and {b.dtype}")
     return b
+
+
+def _require_here(name: str, t: Any) -> None:
+    """Refuse a DTensor beside an A that is all here."""
+    if is_dtensor(t):
+        raise TypeError(
+            f"{name} must be a Tensor, got a DTensor, whose rows are on many ranks: it goes with an A that is "
+            "functional_lstsq.distributed.shard_rows(A), of the rows that each rank has"
+        )
 
 
 def _damping(damp: Any, n: int, device: torch.device, on_failure: str) -> Tensor | None:
@@ -199,6 +209,7 @@ def _weights(weights: Any, m: int, device: torch.device, on_failure: str) -> Ten
     """weights, one for each of m rows, in double precision."""
     if weights is None:
         return None
+    _require_here("weights", weights)
     if not isinstance(weights, Tensor) or weights.is_complex():
         got = str(weights.dtype) if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a real tensor of shape ({m},), got {got}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -221,3 +222,16 @@ def is_traced(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(concrete(tensor)) not in (Tensor, torch.nn.Parameter):
         return True
     return is_recorded()
+
+
+def dtensor_kind() -> Any:
+    """The class of distributed tensors, if anybody has imported it (that takes a while); else of nothing."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether it is one, or a transformation has one in it."""
+    kind = dtensor_kind()
+    if isinstance(t, kind) or torch.compiler.is_compiling():
+        return isinstance(t, kind)
+    return isinstance(t, Tensor) and isinstance(concrete(t), kind)
