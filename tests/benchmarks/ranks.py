@@ -6,12 +6,11 @@ s = max(1, ranks / cores) where ranks share cores; share is that of the other co
 the same memory; k all-reduces, of l seconds a hop, or l_s where cores are shared; hops = 2 log2(ranks), as of a tree;
 bytes = 16 n (ranks - 1) / ranks, as of any all-reduce that sends no number twice.
 
-2026-11-28, 2 cores of an AMD EPYC that others used too, when an iteration had two all-reduces, of which it has one now:
-t_e 1.6 ns, t_c 1.4 (two ranks wait for one memory), t_n 11 ns, l 85 us, w 0.6 GB/s. On two ranks an iteration took 1.01
-to 1.29 times its local part and one all-reduce, each alone, from 100,000 rows a rank on; 3.4 to 4.5 times at 20,000 and
-few columns, where each sum waits some 0.5 ms for the other rank to wake up. On 1,000 ranks and 1e11 entries the local
-part takes 0.4 s, and the sum 0.1 to 25 % of that; a second sum costs 0.25 % at most, and a pipelined iteration loses 9
-to 15 %, but for 1e7 columns on 10 Gbit/s, where it gains 6 %.
+2026-11-28, one all-reduce an iteration, 2 idle cores of an AMD EPYC: iteration / (local part + one sum) was 0.76 to
+1.30 on 2 ranks in eight of nine sizes and 1.60 in one (100,000 rows a rank, n = 10,000), on 4 ranks 1.21 to 1.33.
+Fitted: 1.77 ns an entry, 0.94 ns a row, 9.8 ns a column, 78 us a hop, 3.9 ns a byte. Foretold for 1,000 ranks and 1e11
+entries: 277 ms an iteration at n = 1e5, of which the sum takes 0.23 ms at 100 Gbit/s and 5 us a hop; a second sum would
+add 0.04 %, and a pipelined iteration takes 12 % longer.
 """
 
 from __future__ import annotations
@@ -142,6 +141,10 @@ def _point(size: int, rows: int, n: int, repeats: int) -> Point:
     return Point(size, rows, n, *(min(seconds) for seconds in times), alone.count // _STEPS)
 
 
+def _counted(sums: int, of: str) -> str:
+    return f"{sums} {of}{'' if sums == 1 else 's'}"
+
+
 # Fitting.
 
 _NAMES = ("t_0", "t_e, an entry", "t_c", "t_m, a row", "t_n, a column", "l, a hop", "l_s, a hop", "1 / w, a byte")
@@ -236,9 +239,8 @@ def _model(points: list[Point], model: np.ndarray) -> str:
         for p in points
         for t in [_iteration(p, model)]
     ]
-    said = (
-        f"The model, with {points[-1].sums} all-reduces an iteration, fitted to the iterations, local parts and sums:\n"
-    )
+    said = f"The model, with {_counted(points[-1].sums, 'all-reduce')} an iteration, fitted to the iterations, "
+    said += "local parts and sums:\n"
     residuals = [heading(("ranks x rows x n", "measured", "model", "residual")), markdown(errors)]
     return "\n".join([said, heading(("", "fitted")), markdown(rows), "", *residuals])
 
@@ -260,5 +262,6 @@ def _foretold(model: np.ndarray, sums: int) -> str:
             shares.append(f"{pipelined / (here + once) - 1:+.1%}")
             told.append((name, f"{n:,}", *map(duration, (here, once, here + once)), *shares))
     names = ("network", "n", "local", "one sum", "iteration", "two sums: of the sum", "of the iteration", "pipelined")
-    note = f"Foretold for 1,000 ranks, a core each, and 1e11 entries, {_PER_ROW} a row (here there are {sums} sums):\n"
+    counted = f"here an iteration has {_counted(sums, 'sum')}"
+    note = f"Foretold for 1,000 ranks, a core each, and 1e11 entries, {_PER_ROW} a row ({counted}):\n"
     return "\n".join([note, heading(names), markdown(told)])
