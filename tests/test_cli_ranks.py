@@ -63,6 +63,9 @@ def folder(tmp_path_factory):
     (folder / "blank.mtx").write_bytes(("\r\n\r\n".join(text)).encode() + b"\r\n\r\n")
     put(folder / "Deficient.mtx", scipy.sparse.coo_array(np.ones((9, 2))))
     (folder / "packed.mtx.gz").write_bytes(gzip.compress((folder / "A.mtx").read_bytes()))
+    put(folder / "wide.mtx", scipy.sparse.coo_array(A.toarray()[:5]))
+    put(folder / "l.mtx", g.uniform(-0.3, 0, (n, 1)))
+    put(folder / "u.mtx", np.r_[1e300, g.uniform(0, 0.3, n - 1)][:, None])
     put(folder / "short.mtx", np.ones((5, 1)))
     put(folder / "minus.mtx", -np.ones((m, 1)))
     put(folder / "dense-symmetric.mtx", square, symmetry="symmetric")
@@ -74,7 +77,10 @@ def folder(tmp_path_factory):
     for rank in range(3):  # as of machines that share no disk
         (folder / f"own{rank}.mtx").write_text("\n".join(text))
         (folder / f"other{rank}.mtx").write_bytes((folder / f"{'twice' if rank == 1 else 'A'}.mtx").read_bytes())
+        put(folder / f"{rank}l.mtx", np.full((n, 1), 0.1 * rank))
     (folder / "own1.mtx").unlink()
+    (folder / "older").mkdir()
+    (folder / "older/G.part-7.mtx").write_text("")
     (folder / "parts").mkdir()
     rows = A.tocsr()
     for k, (first, last) in enumerate([(0, 5), (5, 5), (5, 47), (47, m)]):
@@ -91,8 +97,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def names(folder, arguments):
-    return ["solve", *(argument.replace("@", f"{folder}/") for argument in arguments)]
+def names(folder, arguments, gradient=""):
+    """The command for these files; what it writes a gradient to has a name of its own for each case."""
+    every = (argument.replace("@G.", f"@G {gradient}.") if gradient else argument for argument in arguments)
+    return ["solve", *(argument.replace("@", f"{folder}/") for argument in every)]
 
 
 WHOLE = {  # name: (on ranks, what one process is asked for; None for the same)
@@ -112,6 +120,15 @@ WHOLE = {  # name: (on ranks, what one process is asked for; None for the same)
     "pattern": (["@pattern.mtx", "@b.mtx"], None),
     "blank lines": (["@blank.mtx", "@b.mtx"], None),
     "parts": (["@parts/A.part-*.npz", "@parts/b.part-*.npy"], ["@A.mtx", "@b.mtx"]),
+    "nonnegative": (["@A.mtx", "@b.mtx", "--nonnegative"], None),
+    "bounds": (["@A.mtx", "@bb.mtx", "--lower", "@l.mtx", "--upper", "@u.mtx", "--weights", "@w.mtx"], None),
+    "bounds, wide": (["@wide.mtx", "--lower", "0.1", "--upper", "0.7"], None),
+    "minimum norm": (["@Deficient.mtx", "--minimum-norm"], None),
+    "minimum norm, wide": (["@wide.mtx", "--minimum-norm"], None),
+    "gradient": (["@A.mtx", "@b.mtx", "--weights", "@w.mtx", "--gradient", "@G.part-*.mtx"], None),
+    "gradient, bounds": (["@twice.mtx", "@bb.mtx", "--lower", "0", "--gradient", "@G.part-*.mtx"], None),
+    "gradient, complex": (["@complex.mtx", "@b.mtx", "--damp", "1", "--gradient", "@G.part-*.mtx"], None),
+    "gradient, minimum norm": (["@wide.mtx", "--minimum-norm", "--gradient", "@G.part-*.mtx"], None),
     "a folder of parts": (["@only", "@b.mtx"], ["@A.mtx", "@b.mtx"]),
 }
 REFUSED = {  # name: (arguments, message, status)
@@ -141,8 +158,31 @@ REFUSED = {  # name: (arguments, message, status)
     "negative weights": (["@A.mtx", "--weights", "@minus.mtx"], "minus.mtx must hold no negative weight, got -1", 2),
     "two columns of weights": (["@A.mtx", "--weights", "@bb.mtx"], "one column of real weights, got 2", 2),
     "no folder": (["@A.mtx", "-o", "@no/x.mtx"], "no is not a folder", 2),
-    "gradient": (["@A.mtx", "--gradient", "@G.mtx"], "--gradient: not allowed on the ranks of torchrun", 2),
-    "bounds": (["@A.mtx", "--nonnegative"], "--nonnegative: not allowed on the ranks of torchrun", 2),
+    "robust": (["@A.mtx", "--robust", "huber"], "--robust: not allowed on the ranks of torchrun", 2),
+    "a gradient in one file": (["@A.mtx", "--gradient", "@G.mtx"], r"so a name as 'G.part-\*.mtx' is wanted", 2),
+    "a gradient beside older parts": (
+        ["@A.mtx", "--gradient", "@older/G.part-*.mtx"],
+        "G.part-7.mtx, of more ranks than .; remove it first",
+        2,
+    ),
+    "a gradient in the place of x": (
+        ["@A.mtx", "-o", "@G.part-0.mtx", "--gradient", "@G.part-*.mtx"],
+        "cannot write both results to",
+        2,
+    ),
+    "two lower bounds": (["@A.mtx", "--nonnegative", "--lower", "0"], "--nonnegative: not allowed with --lower", 2),
+    "bounds of another size": (["@A.mtx", "--upper", "@w.mtx"], "must hold one column of 7 bounds, .* got 61 x 1", 2),
+    "bounds in the wrong order": (["@A.mtx", "--lower", "1", "--upper", "0"], "the lower bound must not be above", 2),
+    "bounds from a pipe": (["@A.mtx", "--lower", "-"], "cannot read -: many ranks need a file of bounds", 2),
+    "bounds, least norm": (["@A.mtx", "--upper", "1", "--minimum-norm"], "--upper: not allowed with --minimum-norm", 2),
+    "complex bounds": (["@complex.mtx", "--nonnegative"], "--nonnegative: the numbers must be real, got complex", 2),
+    "checkpoint of bounds": (
+        ["@A.mtx", "--upper", "1", "--checkpoint", "@c.mtx"],
+        "--checkpoint: not allowed with --upper",
+        2,
+    ),
+    "other bounds on one rank": (["@A.mtx", "--lower", "@{rank}l.mtx"], "the lower bound must be the same on all", 2),
+    "wide": (["@wide.mtx"], "5 x 7, has fewer rows than columns: ranks need --minimum-norm or --damp for it", 2),
     "Direct": (["@A.mtx", "--solver", "direct"], "--solver: must be auto, dense, cgls on the ranks of torchrun", 2),
     "no timeout": (["@A.mtx", "--timeout", "0"], "--timeout: must be positive, got 0", 2),
     "no full rank": (["@Deficient.mtx"], "rank 1, not full rank 2", 1),
@@ -158,7 +198,8 @@ def on_ranks(folder, tmp_path_factory):
     def found(size):
         if size not in kept:
             every = [
-                [*names(folder, on), "-o", f"{folder}/x {name} {size}.mtx", "--json"] for name, (on, _) in WHOLE.items()
+                [*names(folder, on, f"{name} {size}"), "-o", f"{folder}/x {name} {size}.mtx", "--json"]
+                for name, (on, _) in WHOLE.items()
             ]
             every += [names(folder, arguments) for arguments, *_ in REFUSED.values()]
             of_ranks = processes(speak, size, tmp_path_factory.mktemp("ranks"), every)
@@ -175,17 +216,24 @@ def test_as_in_one_process(folder, on_ranks, name, size):
     assert (status, err) == (0, "")
     assert others == [(0, "", "")] * (size - 1), "the first rank speaks for all"
     on, alone = WHOLE[name]
-    want_status, want_out, want_err = spoken([*names(folder, alone or on), "-o", f"{folder}/x {name}.mtx", "--json"])
+    asked = [argument.replace(".part-*", "") for argument in on] if name.startswith("gradient") else alone or on
+    want_status, want_out, want_err = spoken([*names(folder, asked, name), "-o", f"{folder}/x {name}.mtx", "--json"])
     assert want_status == 0, want_err
     told, want = json.loads(out), json.loads(want_out)
-    for key in ("rows", "columns", "entries", "right_hand_sides", "status", "rank"):
-        assert told[key] == want[key], key
+    for key in ("rows", "columns", "entries", "right_hand_sides", "status", "rank", "at_lower", "at_upper"):
+        assert told.get(key) == want.get(key), key
     assert told["residual"] == pytest.approx(want["residual"], rel=1e-10, abs=1e-14)
     assert len(told["ranks"]) == size
     assert sum(told["ranks"]) == told["rows"]
     x, exact = (scipy.io.mmread(folder / f"{file}.mtx") for file in (f"x {name} {size}", f"x {name}"))
     assert x.shape == exact.shape
     assert np.abs(x - exact).max() <= 1e-10 * np.abs(exact).max()
+    if name.startswith("gradient"):
+        parts = [scipy.io.mmread(folder / f"G {name} {size}.part-{rank}.mtx") for rank in range(size)]
+        assert [part.shape[0] for part in parts] == told["ranks"]
+        G, exact = scipy.sparse.vstack(parts), scipy.io.mmread(folder / f"G {name}.mtx")
+        assert (G.shape, G.nnz) == (exact.shape, exact.nnz)
+        assert abs(G - exact).max() <= 1e-10 * abs(exact).max()
 
 
 @pytest.mark.parametrize("name", REFUSED)

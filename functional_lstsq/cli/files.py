@@ -1,8 +1,10 @@
-"""Matrices, right-hand sides and weights out of files; what cannot be used is one line that says why."""
+"""Matrices, right-hand sides, weights and bounds out of files; what cannot be used is one line that says why."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -15,7 +17,7 @@ from .content import Content
 from .errors import BadInput
 from .formats import read
 
-__all__ = ["BadInput", "Compact", "compact", "matrix_of", "read_bound", "read_matrix", "read_right", "read_weights"]
+__all__ = ["BadInput", "Compact", "compact", "matrix_of", "read_bounds", "read_matrix", "read_right", "read_weights"]
 
 
 def read_matrix(name: str) -> SparseMatrix:
@@ -68,7 +70,7 @@ def read_weights(name: str | None, A: SparseMatrix, matrix: str) -> Tensor | Non
     return torch.from_numpy(found[:, 0])
 
 
-def read_bound(given: str | None, option: str, A: SparseMatrix, matrix: str) -> float | Tensor | None:
+def _bound(given: str | None, option: str, A: SparseMatrix, matrix: str) -> float | Tensor | None:
     """A number, or the numbers (n,) of a file, one for each column of A; None where nothing is given.
 
     Files hold no infinity, so that 1e300 and more stands for it, as in files of linear programs.
@@ -96,6 +98,29 @@ def read_bound(given: str | None, option: str, A: SparseMatrix, matrix: str) -> 
     bound = np.zeros(n)
     np.add.at(bound, found.rows, found.values)
     return torch.from_numpy(np.where(np.abs(bound) >= 1e300, np.copysign(np.inf, bound), bound))
+
+
+def read_bounds(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None) -> tuple[Any, Any] | None:
+    """The bounds that are asked for; what they do not go with is refused in the words of the command line."""
+    if options.nonnegative and options.lower is not None:
+        raise BadInput("argument --nonnegative: not allowed with --lower")
+    given = "0" if options.nonnegative else options.lower
+    lower, upper = (
+        _bound(given, "--lower", A, options.matrix),
+        _bound(options.upper, "--upper", A, options.matrix),
+    )
+    if lower is None and upper is None:
+        return None
+    named = "--nonnegative" if options.nonnegative else "--lower" if lower is not None else "--upper"
+    if options.minimum_norm or options.robust:
+        raise BadInput(f"argument {named}: not allowed with {'--minimum-norm' if options.minimum_norm else '--robust'}")
+    if A.dtype.is_complex or (b is not None and b.is_complex()):
+        raise BadInput(f"argument {named}: the numbers must be real, got complex ones")
+    lower, upper = (-math.inf if lower is None else lower), (math.inf if upper is None else upper)
+    least, most = (torch.as_tensor(bound, dtype=torch.float64) for bound in (lower, upper))
+    if bool((least > most).any()):
+        raise BadInput(f"argument {named}: the lower bound must not be above the upper one")
+    return lower, upper
 
 
 class Compact(NamedTuple):

@@ -11,21 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from .. import CGLS, Auto, Dense, distributed
-from .. import solve as solve_problem
 from ..distributed.ranks import Ranks
 from .checkpoints import Checkpoint
 from .errors import BadInput
+from .files import read_bounds
 from .output import Output, Progress, described, figures
 from .ranks import joined
-from .shared_files import read_columns, read_matrix
+from .shared_files import own_part, read_columns, read_matrix
 from .sources import STANDARD
-from .timing import warm_up
+from .timing import solved, warm_up
 from .writing import check_outputs, write
 
-_ALONE = ("gradient", "robust", "threshold", "nonnegative", "lower", "upper", "minimum_norm")  # for one process
+_ALONE = ("robust", "threshold")  # for one process
+# What iterates towards something else than x, or not at all.
+_NO_CHECKPOINT = ("nonnegative", "lower", "upper", "minimum_norm")
 _SOLVERS = {"auto": Auto(), "dense": Dense(), "cgls": CGLS()}
 _CPU = torch.device("cpu")
 
@@ -58,22 +61,32 @@ def run(options: argparse.Namespace, out: Output) -> int:
         raise BadInput("argument --checkpoint: must be a file")
     if options.resume and options.checkpoint is None:
         raise BadInput("argument --resume: from which --checkpoint FILE?")
+    for name in _NO_CHECKPOINT if options.checkpoint is not None else ():
+        if getattr(options, name) not in (None, False):
+            raise BadInput(f"argument --checkpoint: not allowed with --{name.replace('_', '-')}")
+    if STANDARD in (options.lower, options.upper):
+        raise BadInput("cannot read -: many ranks need a file of bounds that each can open")
     with joined(options.timeout) as ranks:
         return _run(options, out, ranks)
 
 
+def by_all(ranks: Ranks, work: Callable[[], object]) -> None:
+    """Have every rank do something; what goes wrong on one is an error on all."""
+    ranks.checked(lambda: (work(), {}), _CPU)
+
+
 def by_first(ranks: Ranks, work: Callable[[], object]) -> None:
-    """Have the first rank do something that is done once; what goes wrong is an error on all."""
-    ranks.checked(lambda: (None if ranks.place else work(), {}), _CPU)
+    """Have the first rank do something that is done once."""
+    by_all(ranks, lambda: None if ranks.place else work())
 
 
 def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
-    inputs = [options.matrix, options.right, options.weights]
-    by_first(ranks, lambda: check_outputs(inputs, [options.output, options.checkpoint], json=options.json))
+    inputs = [options.matrix, options.right, options.weights, options.lower, options.upper]
+    part = ranks.checked(lambda: (_checked_outputs(options, inputs, ranks), {}), _CPU)
     if options.output == STANDARD:
         out.beside()
     held = read_matrix(options.matrix, ranks)
-    A, solver = distributed.shard_rows(held.matrix), _SOLVERS[options.solver]
+    A = distributed.shard_rows(held.matrix)
     if options.right is None:
         b = A.rows @ torch.ones(A.shape[1], dtype=A.dtype)
     else:
@@ -91,23 +104,41 @@ def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
             raise BadInput(f"{options.weights} must hold no negative weight, got {float(weights.min()):g}")
         return weights[:, 0], {}
 
-    settings = {"damp": options.damp, "weights": ranks.checked(checked, _CPU), "refine": options.refine}
+    if A.height < A.shape[1] and not (options.damp or options.minimum_norm or _bounded(options)):
+        size = f"{A.height} x {A.shape[1]}"
+        raise BadInput(f"the matrix, {size}, has fewer rows than columns: ranks need --minimum-norm or --damp for it")
+    settings = {
+        "damp": options.damp,
+        "weights": ranks.checked(checked, _CPU),
+        "bounds": ranks.checked(lambda: (read_bounds(options, held.matrix, b), {}), _CPU),
+        "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
+        "refine": options.refine,
+        "solver": _SOLVERS[options.solver],
+    }
     checkpoint = Checkpoint(options.checkpoint, options.every, ranks)
     x0 = checkpoint.read((A.shape[1], *b.shape[1:]), torch.result_type(A.values, b)) if options.resume else None
-    warm_up(solver, derivatives=False)
+    warm_up(settings["solver"], derivatives=part is not None)
     start = time.perf_counter()
     with Progress(out), checkpoint.written():
-        solution = solve_problem(A, b, solver=solver, x0=x0, **settings)
+        solution, gradient = solved(A, b, settings | {"x0": x0}, gradient=part is not None)
     told = figures(held.matrix, b, solution, time.perf_counter() - start)
     sizes = [torch.linalg.vector_norm(t).square() for t in (solution.residual, b)]
     residual, whole = ranks.sum(torch.stack(sizes)).sqrt().tolist()
     told |= {"rows": A.height, "entries": held.entries, "residual": residual / max(whole, 1e-300)}
     if options.damp:
         told["rank"] = min(A.shape)
+    if settings["bounds"] is not None:
+        told["at_lower"], told["at_upper"] = (int((solution.info.active == side).sum()) for side in (-1, 1))
     if options.output:
         x = solution.x.reshape(A.shape[1], -1 if solution.x.ndim == 2 else 1).numpy()
         by_first(ranks, lambda: write(options.output, x))
-    asked = {"weights": options.weights, "damp": options.damp, "checkpoint": options.checkpoint}
+    if part is not None:
+        values, where = gradient.values.resolve_conj().numpy(), held.matrix.pattern
+        entries = scipy.sparse.coo_array((values, where.indices.numpy()), where.shape)
+        by_all(ranks, lambda: write(part, entries))
+    asked = {name: getattr(options, name) for name in ("weights", "damp", "lower", "upper", "checkpoint")}
+    if options.nonnegative:
+        asked["lower"] = "0"
     told["resumed"] = x0 is not None
     told_too = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     rows = [int(count) for count in np.diff(held.ends)]
@@ -116,5 +147,18 @@ def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
     if options.resume:
         table.append(("resumed", "from the checkpoint" if x0 is not None else "not: there was no checkpoint yet"))
     out.table(table + ([("asked for", told_too)] if told_too else []))
-    out.record(command="solve", matrix=options.matrix, **told, **asked, solution=options.output, ranks=rows)
+    files = {"solution": options.output, "gradient": options.gradient}
+    out.record(command="solve", matrix=options.matrix, **told, **asked, **files, ranks=rows)
     return 0
+
+
+def _bounded(options: argparse.Namespace) -> bool:
+    return options.nonnegative or options.lower is not None or options.upper is not None
+
+
+def _checked_outputs(options: argparse.Namespace, inputs: list[str | None], ranks: Ranks) -> str | None:
+    """The file for this rank's rows of a gradient, if one is asked for; the first rank writes all else."""
+    part = None if options.gradient is None else own_part(options.gradient, ranks)
+    outputs = [part] if ranks.place else [options.output, options.checkpoint, part]
+    check_outputs(inputs, outputs, json=options.json)
+    return part

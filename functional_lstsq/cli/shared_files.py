@@ -170,6 +170,18 @@ def _parts(name: str) -> list[str]:
     return [numbered[k] for k in range(len(matched))]
 
 
+def own_part(name: str, ranks: Ranks) -> str:
+    """The file that this rank writes its rows to, for a name as 'G.part-*.mtx'."""
+    path = Path(name)
+    if path.name.count("*") != 1 or not _PART.fullmatch(path.name.replace("*", "0")):
+        raise BadInput(f"cannot write {name}: each rank writes its own rows, so a name as 'G.part-*.mtx' is wanted")
+    for other in path.parent.glob(path.name):
+        match = _PART.fullmatch(other.name)
+        if match and int(match[2]) >= ranks.size:  # which would be taken for more rows of the same
+            raise BadInput(f"cannot write {name}: there is {other}, of more ranks than {ranks.size}; remove it first")
+    return str(path.with_name(path.name.replace("*", str(ranks.place))))
+
+
 def _of_parts(name: str, names: list[str], ranks: Ranks, read: Callable[[str], Content]) -> tuple[Content, np.ndarray]:
     mine = names[len(names) * ranks.place // ranks.size : len(names) * (ranks.place + 1) // ranks.size]
     every = ranks.checked(lambda: ([_without_zeros(read(part)) for part in mine], {}), _CPU)

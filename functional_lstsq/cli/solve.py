@@ -2,14 +2,14 @@
 
 On the ranks of torchrun each reads its own rows: some of the lines of a Matrix Market file that is not compressed, in
 any order, or some of the files A.part-0.npz, A.part-1.npz and so on, of any format, which hold the rows in parts and
-are given as their folder or as 'A.part-*.npz', in quotes. The first rank writes x. What goes wrong on any of them is
-one error, and one exit status of all; torchrun itself ends with 1 then.
+are given as their folder or as 'A.part-*.npz', in quotes. The first rank writes x, and each its rows of a gradient, for
+--gradient 'G.part-*.mtx'. What goes wrong on any of them is one error, and one exit status of all; torchrun itself ends
+with 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from typing import Any
 
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
-from .. import solve as solve_problem
 from . import ranks, sharded
 from .errors import BadInput
-from .files import Compact, compact, read_bound, read_matrix, read_right, read_weights
+from .files import Compact, compact, read_bounds, read_matrix, read_right, read_weights
 from .output import Output, Progress, described, figures
 from .sources import STANDARD
-from .timing import warm_up
+from .timing import solved, warm_up
 from .writing import check_outputs, write
 
 NAME, HELP = "solve", "solve min |A x - b| from Matrix Market files"
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     whole = read_matrix(options.matrix)
     b = read_right(options.right, whole, options.matrix)
     weights = read_weights(options.weights, whole, options.matrix)
-    bounds = bounds_of(options, whole, b)
+    bounds = read_bounds(options, whole, b)
     if loss is not None:
         check_robust(options, whole, b)
     if bounds is not None and whole.shape[0] < whole.shape[1]:
@@ -111,10 +110,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     warm_up(settings["solver"], derivatives=bool(options.gradient), robust=loss)
     start = time.perf_counter()
     with Progress(out):
-        if options.gradient:
-            gradient, solution = torch.func.grad(_loss, has_aux=True)(A.A, right, settings)
-        else:
-            solution = solve_problem(A.A, right, **settings)
+        solution, gradient = solved(A.A, right, settings, gradient=bool(options.gradient))
     seconds = time.perf_counter() - start
     told = figures(whole, right if b is None else b, left_out(A, b, solution), seconds)
     if options.damp:
@@ -124,7 +120,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if options.output:
         x = A.of_columns(solution.x)
         write(options.output, x.reshape(x.shape[0], -1 if x.ndim == 2 else 1).numpy())
-    if options.gradient:
+    if gradient is not None:
         entries = gradient.values.resolve_conj().numpy()
         write(options.gradient, scipy.sparse.coo_array((entries, whole.pattern.indices.numpy()), whole.shape))
     asked = {name: getattr(options, name) for name in ("weights", "robust", "threshold", "damp", "lower", "upper")}
@@ -155,29 +151,6 @@ def check_robust(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None)
         raise BadInput(f"argument --robust: the matrix must have no more columns than rows, got {size}")
 
 
-def bounds_of(options: argparse.Namespace, A: SparseMatrix, b: Tensor | None) -> tuple[Any, Any] | None:
-    """The bounds that are asked for; what they do not go with is refused in the words of the command line."""
-    if options.nonnegative and options.lower is not None:
-        raise BadInput("argument --nonnegative: not allowed with --lower")
-    given = "0" if options.nonnegative else options.lower
-    lower, upper = (
-        read_bound(given, "--lower", A, options.matrix),
-        read_bound(options.upper, "--upper", A, options.matrix),
-    )
-    if lower is None and upper is None:
-        return None
-    named = "--nonnegative" if options.nonnegative else "--lower" if lower is not None else "--upper"
-    if options.minimum_norm or options.robust:
-        raise BadInput(f"argument {named}: not allowed with {'--minimum-norm' if options.minimum_norm else '--robust'}")
-    if A.dtype.is_complex or (b is not None and b.is_complex()):
-        raise BadInput(f"argument {named}: the numbers must be real, got complex ones")
-    lower, upper = (-math.inf if lower is None else lower), (math.inf if upper is None else upper)
-    least, most = (torch.as_tensor(bound, dtype=torch.float64) for bound in (lower, upper))
-    if bool((least > most).any()):
-        raise BadInput(f"argument {named}: the lower bound must not be above the upper one")
-    return lower, upper
-
-
 def loss_of(options: argparse.Namespace) -> Any:
     """The robust loss that is asked for."""
     if options.robust is None:
@@ -191,8 +164,3 @@ def loss_of(options: argparse.Namespace) -> Any:
 def solver_of(name: str) -> Any:
     """The solver of that name."""
     return {"auto": Auto(), "dense": Dense(), "direct": Direct(), "cgls": CGLS()}[name]
-
-
-def _loss(A: SparseMatrix, b: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Solution]:
-    solution = solve_problem(A, b, **settings)
-    return solution.x.sum().real, solution

@@ -7,12 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import SparseMatrix, SparsePattern, solve
+from .. import Solution, SparseMatrix, SparsePattern, solve
 
 
 def gradient(A: SparseMatrix, b: Tensor, solver: Any) -> None:
     """Of the sum of the solution, by A and by b; the solution with it."""
     torch.func.grad(lambda A, b: solve(A, b, solver=solver).x.sum().real, argnums=(0, 1))(A, b)
+
+
+def solved(A: Any, b: Tensor, settings: dict[str, Any], *, gradient: bool) -> tuple[Solution, Any]:
+    """(what `solve` gives, the gradient of the sum of x by A if that is asked for)"""
+    if not gradient:
+        return solve(A, b, **settings), None
+
+    def sum_of_x(A: Any) -> tuple[Tensor, Solution]:
+        solution = solve(A, b, **settings)
+        return solution.x.sum().real, solution
+
+    by_A, solution = torch.func.grad(sum_of_x, has_aux=True)(A)
+    return solution, by_A
 
 
 def warm_up(solver: Any, *, derivatives: bool = True, robust: Any = None) -> None:
