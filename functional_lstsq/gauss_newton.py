@@ -10,34 +10,14 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .fit import Fit, Study
-from .fits.arguments import (
-    bounds_of,
-    check_asked,
-    check_sizes,
-    check_tensors,
-    closed_residual,
-    taken_apart,
-    weights_of,
-)
-from .fits.bounded import OnSet, within_bounds
-from .fits.jacobian import slopes_of
-from .fits.losses import loss_of
-from .fits.objective import Objective
-from .fits.report import FitInfo, FitReport, scale_of
-from .fits.scale import minimum_with_scale
+from .fits.posing import pose
 from .fits.trees import as_residual, as_vector
 from .linear.arguments import check_rank
-from .linear.bounds import BoundedInfo
-from .linear.settings import Settings, check_solver
-from .solvers.system import EPS
 from .solvers.watching import Step, watchable
 from .sparse.matrix import SparseMatrix
 from .sparse.pattern import SparsePattern
-from .sparse.precision import convert, double
-from .torch_func.closures import close
-from .torch_func.tracing import fit_beside_graph, load_forward_mode
-
-_STEPS = 2000  # which no default exceeds, however many the unknowns
+from .sparse.precision import convert
+from .torch_func.tracing import fit_beside_graph
 
 
 @watchable
@@ -169,133 +149,9 @@ class Found(NamedTuple):
     study: Study
 
 
-def minimum_of(
-    residual: Any,
-    x0: Any,
-    args: Any,
-    jacobian: Any,
-    robust: Any,
-    solver: Any,
-    max_iterations: Any,
-    throw: bool,
-    name: str,
-    of_start: str,
-    of_function: str,
-    weights: Any = None,
-    sigma: Any = None,
-    bounds: Any = None,
-    callback: Any = None,
-    nested: bool = False,
-    further: Callable[..., Tensor] | None = None,
-    minimum_norm: bool = False,
-    tolerance: float | None = None,
-) -> Found:
-    """The minimum that is found from x0, under the names that the caller gives.
-
-    Args:
-        weights, sigma, bounds: as `gauss_newton` has them, at most one of the first two.
-        callback, nested, further: as `Objective` has them; further(x, *args) -> (j,).
-        minimum_norm, tolerance: as of `Settings`.
-    """
-    check_asked(residual, x0, args, jacobian, max_iterations, name, of_start)
-    check_solver(solver, name)
-    loss, threshold = loss_of(robust, x0.device)
-    tensors, rebuild = taken_apart(args)
-    check_tensors(x0, of_start, tensors)
-    load_forward_mode()
-    on_failure = "raise" if throw else "nan"
-    start = x0.detach().to(torch.float64)
-    doubled = [double(tensor, "the derivative by args", on_failure) for tensor in tensors]
-    function, r = closed_residual(lambda x, *t: residual(x, *rebuild(t)), of_function, of_start, start, doubled)
-    n, what = x0.shape[0], of_function if of_function == "residual" else f"the residual of {of_function}({of_start})"
-    m = r.shape[0]
-    limits = None if bounds is None else bounds_of(bounds, x0, on_failure)
-    check_sizes(m, n, limits is not None, minimum_norm, robust, of_start)
-    weights = weights_of(weights, sigma, m, x0, on_failure)
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    dtype, arithmetic = torch.float64 if is_double else x0.dtype, max(torch.finfo(r.dtype).eps, EPS)
-    in_double, pull = _with_transpose(function)
-    closed, found_inside = None, 0
-    if further is not None:
-        closed, others = close(lambda x, *t: further(x, *rebuild(t)), of_function, "args", start, *doubled)
-        found_inside = others.numel()
-    pattern, values = slopes_of(in_double, jacobian, rebuild, m, n, x0, doubled)
-    objective = Objective(
-        residual=in_double,
-        pull=pull,
-        jacobian=values,
-        pattern=pattern,
-        loss=loss,
-        settings=Settings(solver, minimum_norm, precision=arithmetic, exact=False, tolerance=tolerance),
-        precision=torch.finfo(dtype).eps,
-        arithmetic=arithmetic,
-        max_iterations=min(100 * (n + 1), _STEPS) if max_iterations is None else max_iterations,
-        again=max_iterations is None,
-        on_failure=on_failure,
-        linear=False,
-        name=name,
-        start=f"{what} must be finite at {of_start}",
-        point=of_start,
-        further=closed,
-        callback=callback,
-        nested=nested,
-        found_inside=found_inside,
-        whole=jacobian is None and further is None,
-    )
-    leaves = (threshold, torch.zeros_like(threshold), weights, *doubled)
-    x, info, study = _descend(objective, start, leaves, limits, robust, dtype)
-    return Found(x, dtype, info, rebuild(doubled), study)
-
-
-def _with_transpose(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """`function` in double precision, and (x, *given) -> (its result, y -> J^T y)."""
-
-    def in_double(x: Tensor, *given: Tensor) -> Tensor:
-        return function(x, *given).to(torch.float64)
-
-    def pull(x: Tensor, *given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        r, pulled = torch.func.vjp(lambda x: in_double(x, *given), x)  # type: ignore[misc]
-        return r, lambda y: pulled(y)[0]
-
-    return in_double, pull
-
-
-def _descend(
-    objective: Objective,
-    start: Tensor,
-    leaves: tuple[Tensor, ...],
-    limits: tuple[Tensor, Tensor] | None,
-    robust: Any,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Any, Study]:
-    """(x (n,), info, study) of the minimum from `start` (n,), within the limits (n,) if there are any."""
-    every, begin, within = tuple(leaf[None] for leaf in leaves), start[None], None
-    if limits is not None:
-        within = within_bounds(objective, begin, (limits[0][None], limits[1][None]), every)
-        begin, every = within.start, within.leaves
-    asked = objective if within is None else within.objective
-    x, numbers, blur, token, threshold = minimum_with_scale(asked, getattr(robust, "scale", None), begin, *every)
-    leaves = (threshold[0], *(leaf[0] for leaf in every[1:]))
-    x = (x if within is None else within.finished(x))[0]
-    info = _told(numbers, scale_of(robust, threshold), within)
-    return x, info, Study(asked, x, leaves, blur, token, dtype, None if within is None else objective)
-
-
-def _told(numbers: Tensor, scale: Tensor, within: OnSet | None) -> Any:
-    """What users are told, of the numbers (1, fields) of a `FitReport` and a scale (1,)."""
-    report = FitReport(*(field[0] for field in FitReport.unpacked(numbers)))
-    info: Any = FitInfo(
-        status_code=report.status.to(torch.int64),
-        iterations=report.iterations.to(torch.int64),
-        evaluations=report.evaluations.to(torch.int64),
-        optimality=report.optimality,
-        forward_error=report.forward_error,
-        condition=report.condition,
-        cost=report.cost,
-        scale=scale[0],
-    )
-    if within is None:
-        return info
-    found = within.found
-    info = info._replace(iterations=info.iterations + found.iterations[0].to(torch.int64))
-    return BoundedInfo(info, found.active[0].to(torch.int64), found.multipliers[0], found.weak[0] != 0)
+def minimum_of(*asked: Any, **options: Any) -> Found:
+    """The minimum of what `pose` poses of these arguments."""
+    posed = pose(*asked, **options)
+    objective, x, leaves, blur, token, within, info = posed.descend()
+    study = Study(objective, x, leaves, blur, token, posed.dtype, None if within is None else posed.objective)
+    return Found(x, posed.dtype, info, posed.args, study)

@@ -126,7 +126,7 @@ def closed_residual(
     return function, r
 
 
-def check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, of_start: str) -> None:
+def check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, of_start: str, where: str = "") -> None:
     """Refuse a fit of m numbers to n unknowns that has no unique minimum, and what bounds do not go with."""
     if bounded and minimum_norm:
         raise ValueError("bounds allow no rank_deficient='minimum_norm'")
@@ -134,6 +134,6 @@ def check_sizes(m: int, n: int, bounded: bool, minimum_norm: bool, robust: Any, 
         raise ValueError(f"bounds allow no estimated scale, got {robust!r}: give it a number for a scale")
     if m < n and not bounded:
         raise ValueError(
-            f"residual must give at least as many numbers as {of_start} has, {n}, got {m}; a prior on these, s * "
-            f"{of_start[0]}, gives more"
+            f"residual must give at least as many numbers{where} as {of_start} has, {n}, got {m}; a prior on these, "
+            f"s * {of_start[0]}, gives more"
         )

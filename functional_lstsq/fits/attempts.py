@@ -24,6 +24,11 @@ def minimise(objective: Objective, start: Tensor, leaves: Leaves) -> tuple[Tenso
 
     blur (P, n) is a sample of what rounding errors may have made of x.
     """
+    with objective.rows.steady():
+        return _minimised(objective, start, leaves)
+
+
+def _minimised(objective: Objective, start: Tensor, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = Descent(objective, start, leaves)
     x, report, blur, token = first.run()
     which = ((report.status != CONVERGED) & ~first.broken).nonzero()[:, 0]
@@ -43,6 +48,7 @@ def minimise(objective: Objective, start: Tensor, leaves: Leaves) -> tuple[Tenso
             _advice(objective, report, x, leaves),
             undefined=objective.undefined, least_norm=objective.settings.minimum_norm,
         )  # fmt: skip
+    objective.rows.agree(x, report.packed())
     return x, report.packed(), blur, token
 
 

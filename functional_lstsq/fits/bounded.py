@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..errors import ITERATIONS, ConvergenceError, nearer_start
 from ..linear.bounds import solve_each
-from ..linear.gradient import Static
 from ..linear.pivoting import at_bounds
 from ..linear.strict import Judged, Strict
 from ..result import CONVERGED, ITERATION_LIMIT
@@ -38,6 +37,7 @@ from .model import model_at
 from .objective import Leaves, Objective, each
 from .report import FitReport
 from .rounding import blur_of_gradient, floor_of_cost
+from .rows import Rows
 
 _CLOSE = (1e-3, 1e-5, 1e-7, 1e-9)  # relative steps after which the set is tried, one after the other while it is wrong
 _ERRORS = 30.0  # times the rounding errors of a gradient that it may have and be zero
@@ -67,8 +67,11 @@ def on_set(objective: Objective) -> Objective:
     pattern = SparsePattern(torch.cat([indices, torch.stack([m + each_unknown, each_unknown])], 1), (m + n, n))
 
     def residual(y: Tensor, active: Tensor, bound: Tensor, *given: Tensor) -> Tensor:
-        held = torch.where(active == 0, 0.0, y - bound)
-        return torch.cat([objective.residual(_placed(y, active, bound), *given), held])
+        shared = objective.rows.shared
+        held = torch.where(active == 0, 0.0, shared(y) - shared(bound))
+        r = objective.residual(_placed(y, active, bound), *given)
+        # torch.cat gives a part without numbers cotangents without a batch, which sums over many places must have.
+        return torch.nn.functional.pad(r, (0, n)) + torch.nn.functional.pad(held, (m, 0))
 
     def pull(y: Tensor, *given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         r, pulled = torch.func.vjp(lambda y: residual(y, *given), y)  # type: ignore[misc]
@@ -85,9 +88,10 @@ def _placed(y: Tensor, active: Tensor, bound: Tensor) -> Tensor:
     return torch.where(active == 0, y, bound)
 
 
-def _leaves_on(active: Tensor, lower: Tensor, upper: Tensor, leaves: Any) -> Leaves:
+def _leaves_on(rows: Rows, active: Tensor, lower: Tensor, upper: Tensor, leaves: Any) -> Leaves:
     t, d, w, *given = leaves
-    return t, d, torch.cat([w, active.abs()], 1), active, at_bounds(active, lower, upper), *given
+    of_set = active.abs() if rows.leads else torch.zeros_like(active)
+    return t, d, torch.cat([w, of_set], 1), active, at_bounds(active, lower, upper), *given
 
 
 class OnSet(NamedTuple):
@@ -113,7 +117,7 @@ def within_bounds(objective: Objective, x0: Tensor, bounds: tuple[Tensor, Tensor
     """The fit of P problems from x0 (P, n) within the bounds (P, n), which are differentiated."""
     inner, (lower, upper) = on_set(objective), bounds
     found = AtBounds(*SetOfUnknowns.apply((objective, inner), x0, lower, upper, *leaves))
-    return OnSet(inner, found.x, _leaves_on(found.active, lower, upper, leaves), found)
+    return OnSet(inner, found.x, _leaves_on(objective.rows, found.active, lower, upper, leaves), found)
 
 
 class SetOfUnknowns(Constant):
@@ -145,7 +149,7 @@ class _Search:
         self.scale, self.iterations = torch.zeros_like(x0), torch.zeros_like(self.f)
         self.status = torch.full_like(self.f, float(ITERATION_LIMIT))
         (m, n), settings = objective.pattern.shape, replace(objective.settings, exact=False)
-        self.static = Static(m, n, settings, "nan")
+        self.static = objective.rows.static(m, n, settings, "nan")
         self.active, self.g, self.weak = (torch.zeros_like(x0) for _ in range(3))
 
     def run(self) -> AtBounds:
@@ -184,7 +188,7 @@ class _Search:
             p = self._step(J, weights, x, r, lower, upper, scale, self.mu[which])
             to = torch.minimum(torch.maximum(x + p, lower), upper)
             p = to - x
-            squares = (weights * model.along(p).square()).sum(1)
+            squares = objective.rows.total((weights * model.along(p).square()).sum(1))
             predicted = (-(model.gradient(r, x) * p).sum(1) - squares / 2).clamp_min(0)
             new, r_new = each(objective.cost, to, *leaves)
             floor = floor_of_cost(model, weights, r, x)
@@ -212,7 +216,7 @@ class _Search:
         damp, sound = mu.sqrt()[:, None] * scale, J.isfinite().all(1)[:, None]
         found, _, _ = solve_each(
             self.static, J.where(sound, 0.0), weights, damp, -r[:, :, None], lower - x, upper - x,
-            self.objective.pattern.indices,
+            self.objective.pattern.indices, self.objective.rows.active_set,
         )  # fmt: skip
         return found.x[:, :, 0].where((found.numbers == CONVERGED)[:, None] & sound, torch.nan)
 
@@ -221,7 +225,7 @@ class _Search:
         objective, leaves, lower, upper = self.objective, self._of(which), self.lower[which], self.upper[which]
         x, pinned = self.x[which], self.pinned[which]
         active = torch.where(x <= lower, -1, torch.where(x >= upper, 1, 0)).to(x.dtype)
-        y, numbers, _, _ = minimise(self.inner, x, _leaves_on(active, lower, upper, leaves))
+        y, numbers, _, _ = minimise(self.inner, x, _leaves_on(objective.rows, active, lower, upper, leaves))
         report = FitReport.unpacked(numbers)
         good = report.status == CONVERGED
         self.iterations[which] += report.iterations

@@ -38,7 +38,7 @@ def acceleration(
     """
     _, ahead = each(objective.cost, x + _AHEAD * p, *leaves)
     second = 2 / _AHEAD * ((ahead - r) / _AHEAD - model.along(p))
-    usable = second.isfinite().all(1)
+    usable = objective.rows.everywhere(second.isfinite())
     half = damped(torch.where(usable[:, None], second, 0.0)) / 2
     of_half, of_p = (torch.linalg.vector_norm(scale * t, dim=1) for t in (half, p))
     return torch.where((2 * of_half <= _BEND * of_p)[:, None], half, 0.0)

@@ -83,23 +83,25 @@ def solve_curvature(
         ConvergenceError: a last correction, or such a sample, above what is accepted, or an H that is not positive
             definite (NaN for these, unless on_failure is "raise").
     """
-    finite = (u.isfinite().all(1) & c.isfinite().all(1))[:, None]
+    rows = objective.rows
+    finite = (rows.everywhere(u.isfinite()) & c.isfinite().all(1))[:, None]
     if objective.on_failure == "raise" and not bool(finite.all()):
         raise ValueError(f"a derivative that is taken through {objective.name} must be finite, got NaN or infinity")
     u, c = (torch.where(finite, t, 0.0) for t in (u, c))
-    size = torch.cat([u, c], 1).abs().amax(1, keepdim=True)
+    size = torch.maximum(rows.largest(u.abs()), c.abs().amax(1))[:, None]
     size = torch.where(size > 0, size, 1.0)
     u, c = u / size, c / size
     _, r = each(objective.cost, x, *leaves)
     weights, J = objective.weights(r, leaves), each(objective.slopes, x, *leaves)
-    usable = (J.isfinite().all(1) & weights.isfinite().all(1))[:, None]  # not so where there was no minimum
+    # Not so where there was no minimum.
+    usable = rows.everywhere(torch.cat([J.isfinite(), weights.isfinite()], 1))[:, None]
     model = model_at(objective, J.where(usable, 0.0), weights.where(usable, 1.0), leaves, token)
     scale, s = model.norms[:, :, None], torch.zeros_like(c)
     error = torch.full_like(c[:, 0], torch.inf)
     definite = torch.ones_like(error, dtype=torch.bool)
     # For a u that J does not reach s is zero but for rounding, and has no relative errors of its own.
     root = model.root[:, :, None]
-    least = objective.accept / 10 * torch.linalg.vector_norm(torch.where(root > 0, u / root, 0.0), dim=1)
+    least = objective.accept / 10 * rows.norm(torch.where(root > 0, u / root, 0.0))
     for step in range(_CORRECTIONS):
         residual = -each(objective.equation, s, u, c, x, *leaves)
         d, seen, _ = conjugate(objective, x, leaves, model, residual, 1e-8)

@@ -97,7 +97,7 @@ class Descent:
 
     def _refused(self, f: Tensor, sizes: Tensor) -> Tensor:
         """Which problems cannot start (an error, unless that is not wanted)."""
-        largest = sizes.amax(1)
+        largest = self.objective.rows.largest(sizes)
         range_left = largest.isfinite() & (~f.isfinite() | ((largest > 0) & (largest < _SMALLEST)))
         bad = ~largest.isfinite() | range_left
         if self.objective.on_failure == "raise" and bool(bad.any()):
@@ -171,7 +171,7 @@ class Descent:
         if len(stale):
             s, leaves = self.state.take(stale), self._of(stale)
             J, s.weights = slopes_at(self.objective, s.x, leaves), self.objective.weights(s.r, leaves)
-            self.broken[stale] |= ~J.isfinite().all(1)
+            self.broken[stale] |= ~self.objective.rows.everywhere(J.isfinite())
             s.J = J.where(~self.broken[stale, None], 0.0)
             model = model_at(self.objective, s.J, s.weights, leaves)
             s.scale, s.stale = torch.maximum(s.scale, model.norms), torch.zeros_like(s.stale)
@@ -182,7 +182,7 @@ class Descent:
 
     def _least(self, which: Tensor, s: _State) -> Tensor:
         """Below this an x, scaled, is zero but for rounding: beside the residuals that it leaves, or those at x0."""
-        left = errors.length_of_influence(s.weights * s.r, self._of(which)[2])
+        left = errors.length_of_influence(self.objective.rows, s.weights * s.r, self._of(which)[2])
         return self.objective.accept * left + EPS**2 * self.start[which].sqrt()
 
     def _of(self, which: Tensor) -> Leaves:
@@ -276,7 +276,7 @@ class Descent:
         self.evaluations += 1 + products
         told, definite = model.told, definite.all(1)
         norms = torch.where(model.norms > 0, model.norms, 1.0)
-        left = errors.length_of_influence(psi, leaves[2])
+        left = errors.length_of_influence(objective.rows, psi, leaves[2])
         optimality = torch.linalg.vector_norm(g / norms, dim=1) / (s.x.shape[1] ** 0.5 * left).clamp_min(_TINY)
         # Residuals make x zero but for rounding only if they are orthogonal to the range, not where J nearly vanishes.
         left = torch.where(optimality <= objective.accept, left, 0.0)

@@ -106,7 +106,8 @@ class SolveCurvature(Primitive):
 
     @classmethod
     def forward(cls, objective, u, c, near, x, blur, token, *leaves):
-        return solve_curvature(objective, u, c, near, x, blur, token, leaves) if len(c) else c.clone()
+        with objective.rows.steady():
+            return solve_curvature(objective, u, c, near, x, blur, token, leaves) if len(c) else c.clone()
 
     @classmethod
     def vjp_rule(cls, objective, inputs, outputs, cotangents, needed):

@@ -9,16 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear.kernel import solve_kernel
-from ..result import RANK_DEFICIENT, Report
+from ..result import RANK_DEFICIENT, Report, method_code
 from ..solvers import Auto
 from ..solvers.system import EPS, tolerance_of
+from ..sparse.base import Products
 from ..sparse.lazy import lazy
 from ..sparse.numerics import noise
-from ..sparse.plain_products import Operator
 from .objective import Leaves, Objective, curvature_at
 
-_SMALL, _ENTRIES = 64, 2**20
 _POOR = 1e-6  # singular values of J, relative, below which H may differ much from J^T J
 _SEEN, _HELD = 1e-14, 1e4  # curvatures of H that are no rounding errors; and what H is held against where J vanishes
 _TINY = torch.finfo(torch.float64).tiny
@@ -31,6 +29,7 @@ class Told(NamedTuple):
     condition: Tensor
     rank: Tensor
     norm: Tensor
+    iterated: bool = False
 
 
 @dataclass
@@ -53,14 +52,14 @@ class Model:
         return replace(self, token=None, **parts)
 
     @lazy
-    def A(self) -> Operator:
+    def A(self) -> Products:
         """W^(1/2) J"""
-        return Operator(self.objective.pattern, self.values)
+        return self.objective.rows.operator(self.objective.pattern, self.values)
 
     @lazy
-    def J(self) -> Operator:
+    def J(self) -> Products:
         """Without the weights, some of which may be zero."""
-        return Operator(self.objective.pattern, self.slopes)
+        return self.objective.rows.operator(self.objective.pattern, self.slopes)
 
     @lazy
     def norms(self) -> Tensor:
@@ -135,14 +134,15 @@ class Model:
     def _solve(
         self, values: Tensor, damp: Tensor | None, b: Tensor | None, c: Tensor | None, on_failure: str = "return"
     ) -> Tensor:
-        pattern, settings = self.objective.pattern, self.objective.settings.text
-        m, n = pattern.shape
+        pattern, settings = self.objective.pattern, self.objective.settings
+        static = self.objective.rows.static(*pattern.shape, settings, on_failure)
         damp = None if damp is None else damp[:, None]
         plainly = (None if t is None else t.contiguous() for t in (values, None, damp, b, None, c))
-        _, _, x, report, token = solve_kernel(*plainly, None, self.token, pattern.indices, m, n, settings, on_failure)
+        _, _, x, numbers, token = static.solve([*plainly, None], self.token, pattern.indices)
         self.token = token if self.token is None else self.token
-        report = Report(*(field[:, 0] for field in Report.unpacked(report[:, :, :1])))
-        self.told = Told(report.status == RANK_DEFICIENT, report.condition, report.rank, report.norm)
+        report = Report(*(field[:, 0] for field in Report.unpacked(numbers[:, :, :1])))
+        iterated = bool((report.method == method_code("cgls")).all())
+        self.told = Told(report.status == RANK_DEFICIENT, report.condition, report.rank, report.norm, iterated)
         return x
 
 
@@ -150,7 +150,7 @@ class SmallModel(Model):
     """The same by dense singular values, for problems in which a solve's own tests would take most of the time."""
 
     def damped(self, scale: Tensor, mu: Tensor) -> Callable[[Tensor], Tensor]:
-        U, s, Vh = torch.linalg.svd(self._dense / scale[:, None], full_matrices=False)
+        U, s, Vh = torch.linalg.svd(self.dense / scale[:, None], full_matrices=False)
         filtered = s / (s.square() + mu[:, None])
 
         def step(r: Tensor) -> Tensor:
@@ -196,7 +196,8 @@ class SmallModel(Model):
     @property
     def _tolerance(self) -> float:
         known = self.objective.settings.tolerance
-        return known or tolerance_of(self.objective.arithmetic, *self.objective.pattern.shape)
+        m, n = self.objective.pattern.shape
+        return known or tolerance_of(self.objective.arithmetic, self.objective.rows.height(m), n)
 
     def preconditioner(self, x: Tensor, leaves: Leaves) -> Callable[[Tensor], Tensor]:
         sizes = None if self.objective.settings.minimum_norm else self._curvatures(x, leaves)
@@ -232,16 +233,22 @@ class SmallModel(Model):
         return torch.where(poor, sizes, square).clamp_min(_TINY)
 
     @lazy
-    def _dense(self) -> Tensor:
+    def dense(self) -> Tensor:
+        return self.of_rows()
+
+    def of_rows(self) -> Tensor:
+        """W^(1/2) J of the rows that are here."""
         m, n = self.objective.pattern.shape
         rows, columns = self.objective.pattern.indices
         flat = self.values.new_zeros((len(self.values), m * n))
-        return flat.scatter_add_(1, (rows * n + columns).expand_as(self.values), self.values).view(-1, m, n)
+        return flat.scatter_add_(1, (rows * n + columns).expand_as(self.values), self.values).view(
+            len(self.values), m, n
+        )
 
     @lazy
     def _factors(self) -> tuple[Tensor, Tensor, Tensor, Told]:
         """Singular values and right vectors of [W^(1/2) J; d] scale^-1."""
-        A = self._dense
+        A = self.dense
         n = A.shape[2]
         if bool((self.d != 0).any()):
             A = torch.cat([A, self.d[:, None, None] * torch.eye(n, dtype=A.dtype, device=A.device)], 1)
@@ -258,7 +265,6 @@ class SmallModel(Model):
 def model_at(objective: Objective, J: Tensor, weights: Tensor, leaves: Leaves, token: Tensor | None = None) -> Model:
     """The model for the Jacobian's values J (P, nnz) and the weights (P, m)."""
     root = weights.sqrt()
-    m, n = objective.pattern.shape
-    small = n <= _SMALL and len(J) * m * n <= _ENTRIES and isinstance(objective.settings.solver, Auto)
-    kind = SmallModel if small else Model
+    small = isinstance(objective.settings.solver, Auto) and objective.is_small(len(J))
+    kind = objective.rows.model(objective, len(J)) or (SmallModel if small else Model)
     return kind(objective, J, root[:, objective.pattern.indices[0]] * J, root, leaves[1], token)

@@ -14,7 +14,7 @@ outliers (see losses.py), so that derivatives by a weight of zero are numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ from ..sparse.pattern import SparsePattern
 from ..sparse.plain_products import Operator
 from ..torch_func.forward_mode import jvp
 from .losses import Square
+from .rows import Rows
 
+_SMALL, _ENTRIES = 64, 2**20  # unknowns, and entries of J, of problems that are small
 _FEW = 2**15  # numbers that hold all residuals' derivatives by all residuals
 Leaves = tuple[Tensor, ...]  # t, d, w (m,), and what the residual depends on besides x
 
@@ -67,6 +69,7 @@ class Objective:
     # whether both did.
     forward: bool = False
     undefined: bool = False
+    rows: Rows = field(default_factory=Rows)  # with a residual that takes x, and threshold, by `rows.shared`
 
     @property
     def accept(self) -> float:
@@ -80,15 +83,16 @@ class Objective:
     def cost(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """(f, r)"""
         r = self.residual(x, *given)
-        return self.loss.cost(r, w, t).sum() + (d * x).square().sum() / 2, r
+        cost = self.rows.total(self.loss.cost(r, w, self.rows.shared(t)).sum())
+        return cost + (d * x).square().sum() / 2, r
 
     def gradient(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
         r, pull = self.pull(x, *given)
-        return pull(self.loss.influence(r, w, t)) + d.square() * x
+        return pull(self.loss.influence(r, w, self.rows.shared(t))) + d.square() * x
 
     def influence(self, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
         """psi(r)"""
-        return self.loss.influence(self.residual(x, *given), w, t)
+        return self.loss.influence(self.residual(x, *given), w, self.rows.shared(t))
 
     def pulled(self, y: Tensor, x: Tensor, t: Tensor, d: Tensor, w: Tensor, *given: Tensor) -> Tensor:
         """J^T y + d^2 x, the gradient for y = psi(r)."""
@@ -107,7 +111,15 @@ class Objective:
             # A graph that holds fits of its own was once found to be spoilt when it was walked a second time.
             return lambda V: each(self._symmetric(gradient, x), V, dim=2)
         product = self._symmetric(gradient, x)
+        if not self.rows.are_here and self.is_small(len(x)):  # in one sum over all rows, not one for each product
+            H = each(product, torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1), dim=2)
+            return lambda V: H @ V
         return lambda V: each(product, V, dim=2)
+
+    def is_small(self, copies: int) -> bool:
+        """Whether dense matrices of so many problems take less time than what they save."""
+        m, n = self.pattern.shape
+        return n <= _SMALL and copies * self.rows.height(m) * n <= _ENTRIES
 
     def _symmetric(self, gradient: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> the derivative of `gradient` along v: its own transpose, and torch's reverse mode is the faster one."""
@@ -131,7 +143,7 @@ class Objective:
         r, pull = self.pull(x, *given)
         if self.linear:
             return C + each(pull, Y, dim=1) + d.square() * S
-        psi = self.loss.influence(r, w, t)
+        psi = self.loss.influence(r, w, self.rows.shared(t))
         second = self._symmetric(lambda x: self.pulled(psi, x, t, d, w, *given), x)
         return C + each(lambda y, s: pull(y) + second(s), Y, S, dim=1)
 
@@ -222,7 +234,8 @@ def linear_unknowns(objective: Objective, x: Tensor, leaves: Leaves) -> list[int
     J = objective.slopes(x, *leaves)
 
     def sums(entries: Tensor) -> Tensor:
-        return J.new_zeros(n).scatter_reduce_(0, columns, entries.abs(), "amax", include_self=True)
+        here = J.new_zeros(n).scatter_reduce_(0, columns, entries.abs(), "amax", include_self=True)
+        return objective.rows.largest_of_each(here)
 
     moves = torch.diag(torch.where(x != 0, 0.01 * x.abs(), 0.01))
     size = sums(J)

@@ -9,6 +9,7 @@ from ..sparse.numerics import noise
 from .hessian import conjugate, relative
 from .model import Model
 from .objective import Leaves, Objective, each
+from .rows import Rows
 
 # Relative displacements at which g is sampled: one at which double precision shows its errors, and one at which single
 # precision does, which a residual may use inside without telling.
@@ -31,7 +32,8 @@ def floor_of_cost(model: Model, weights: Tensor, r: Tensor, x: Tensor) -> Tensor
     small beside the data, f can't tell points apart between which Newton's steps still can.
     """
     eps, errors = model.objective.arithmetic, errors_of_residual(model, r, x)
-    return 10 * (weights * (eps * r.abs() * errors + (eps * errors).square())).sum(1)
+    squares = weights * (eps * r.abs() * errors + (eps * errors).square())
+    return 10 * model.objective.rows.total(squares.sum(1))
 
 
 def spread_of_influence(model: Model, weights: Tensor, r: Tensor, x: Tensor) -> Tensor:
@@ -88,9 +90,9 @@ def undetermined(model: Model, largest: Tensor, x: Tensor, least: Tensor, errors
     return (model.norms <= _COLLAPSED * largest) & (largest > 0) & ~(error <= accept)
 
 
-def length_of_influence(psi: Tensor, w: Tensor) -> Tensor:
+def length_of_influence(rows: Rows, psi: Tensor, w: Tensor) -> Tensor:
     """|W^(-1/2) psi| (P,), in the units of W^(1/2) r, in which columns are measured too."""
-    return torch.linalg.vector_norm(torch.where(w > 0, psi * w.rsqrt(), 0.0), dim=1)
+    return rows.norm(torch.where(w > 0, psi * w.rsqrt(), 0.0))
 
 
 def _positive(scale: Tensor) -> Tensor:
