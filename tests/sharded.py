@@ -5,6 +5,7 @@ what has this rank's rows in front, "entries" for what has this rank's entries t
 """
 
 import datetime
+import importlib
 import os
 import threading
 import time
@@ -645,16 +646,16 @@ def start(rank, size, folder, seconds):
     dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=size, timeout=timeout)
 
 
-def work(rank, size, folder, split):
-    """All cases on a split, and on two ranks what is refused; what came out is left in the folder."""
+def work(rank, size, folder, split, module=__name__):
+    """All cases of a module on a split, and on two ranks what is refused; what came out is left in the folder."""
     start(rank, size, folder, 120)
-    found = {}
-    for name, (case, options) in CASES.items():
+    found, of = {}, importlib.import_module(module)
+    for name, (case, options) in of.CASES.items():
         try:
             found[name] = case(Place(split, **options))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             found[name] = repr(error)
-    for name, refused in _refusals(rank).items() if size == 2 else ():
+    for name, refused in of.refusals(rank).items() if size == 2 else ():
         try:
             refused()
             found[name] = "nothing", ""
@@ -688,7 +689,7 @@ def of_rank(rank, one, other):
     return one if rank == 1 else other
 
 
-def _refusals(rank):
+def refusals(rank):
     """{name: what is refused} of this rank of two; what differs, does so on rank 1."""
     place = Place("even")
     A, b, m = place.A, place.b, len(place.b)

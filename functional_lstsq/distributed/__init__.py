@@ -6,7 +6,8 @@ bit. All ranks run the same program.
 - matrix: `ShardedMatrix`, the matrix that `shard_rows` makes of the rows of each rank.
 - solve: what `lstsq` and `solve` are asked of a sharded matrix, checked.
 - studies: `factorize`, `leverage` and `covariance` of it.
-- fit: `gauss_newton`, of the residuals of each rank.
+- fit: `gauss_newton`, of the residuals of each rank. fit_rows: what such a fit sums up, and decides, over them;
+  fit_models: its steps.
 - sparse_rows, operator_rows: the primitives over ranks, of rows whose entries are known and of rows known by products.
 - heavy_rows: rows of all ranks that weigh much more than others, constraints above all.
 - dtensors: DTensors that are sharded by rows, for b and weights.

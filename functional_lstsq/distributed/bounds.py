@@ -16,7 +16,7 @@ from .ranks import Ranks, digest
 from .sparse_rows import ShardedRows
 
 
-class _ActiveSet(ActiveSet):
+class ActiveSetOfRanks(ActiveSet):
     @classmethod
     @steady()
     def forward(cls, static: Any, values, weights, damp, b, lower, upper, indices):
@@ -48,4 +48,4 @@ def solve_bounded_together(posed: Posed, on_failure: str, height: int, ranks: Ra
     problem = posed.problem
     static = ShardedRows(*problem.shape, settings_of(problem.settings), on_failure, height, ranks)
     strict = partial(_Strict.apply, _Judged(on_failure, ranks=ranks))
-    return solve_bounded(posed, on_failure, Ways(static, _ActiveSet, strict))
+    return solve_bounded(posed, on_failure, Ways(static, ActiveSetOfRanks, strict))

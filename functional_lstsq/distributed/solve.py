@@ -79,7 +79,7 @@ def _checked(
         others = {"weights": weights, "solver": solver, "rank_tolerance": rank_tolerance}
         A.require_alone(rank_deficient, damp=damp, robust=robust, bounds=bounds, **others)
         _, damp, weights, solver, rank_deficient, rank_tolerance, kept = A.given
-    _refuse(matrix, damp, robust, solver, rank_deficient, bounds)
+    refuse(matrix, damp, robust, solver, rank_deficient, bounds)
     problem = pose(
         matrix.rows, b, damp, weights, None, solver, rank_deficient, refine, x0,
         rank_tolerance=rank_tolerance, throw=throw, bounds=bounds, of=of, part=True,
@@ -134,7 +134,7 @@ def solve_sharded(
     return Solution(x, r, info if found is None else found.told(info, single))
 
 
-def _refuse(A: ShardedMatrix, damp: Any, robust: Any, solver: Any, rank_deficient: Any, bounds: Any) -> None:
+def refuse(A: ShardedMatrix, damp: Any, robust: Any, solver: Any, rank_deficient: Any, bounds: Any) -> None:
     """What a sharded matrix cannot do."""
     if robust is not None:
         raise ValueError(f"a sharded matrix allows no robust, got {robust!r}")

@@ -1,0 +1,81 @@
+"""Fits over ranks: processes that have some of the residuals each, held against `gauss_newton` of all of them."""
+
+import pytest
+import torch
+from sharded import SPLITS, Place, work
+from sharded_fits import CASES
+from test_distributed import compare, processes
+
+import functional_lstsq as fl
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch has no gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """What the cases gave on the ranks of a split, which has processes of its own once it is first asked for."""
+    kept = {}
+
+    def found(split):
+        if split not in kept:
+            size = len(SPLITS[split](1)) - 1
+            kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split, "sharded_fits")
+        return kept[split]
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    kept = {}
+
+    def found(name):
+        if name not in kept:
+            case, options = CASES[name]
+            place = Place(**options)
+            kept[name] = case(place), place
+        return kept[name]
+
+    yield found
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("split", ["even", *(pytest.param(s, marks=pytest.mark.slow) for s in SPLITS if s != "even")])
+def test_as_in_one_process(on_ranks, alone, split, name):
+    compare(name, split, *alone(name), [found[name] for found in on_ranks(split)])
+
+
+REFUSALS = {  # name: (what is raised, words of the message)
+    "weights of another size": (ValueError, "on rank 1: weights must have shape (20,), one for each residual, got (19"),
+    "negative weights": (ValueError, "on rank 1: weights must not be negative"),
+    "weights and sigma": (TypeError, "sigma must be None beside weights"),
+    "another loss": (ValueError, "robust must be the same on all ranks, got ('Cauchy', None, None) on rank 0"),
+    "another threshold": (ValueError, "the threshold of robust must be the same on all ranks"),
+    "another solver": (ValueError, "solver, rank_deficient and rank_tolerance must be the same on all ranks"),
+    "a preconditioner": (ValueError, "allows no preconditioner of CGLS"),
+    "other bounds": (ValueError, "the upper bound must be the same on all ranks"),
+    "bounds on one rank": (ValueError, "whether there are bounds must be the same on all ranks"),
+    "another pattern's size": (ValueError, "on rank 1: jacobian must have shape (20, 4), got (3, 4)"),
+    "a Jacobian of something else": (ValueError, "on rank 1: jacobian must be that of residual, got a relative"),
+    "throw on one rank": (ValueError, "throw must be the same on all ranks"),
+    "NaN in args": (ValueError, "on rank 1: args must be finite, got NaN in it"),
+    "pytrees": (TypeError, "x0 must be a dense tensor of shape (n,), got tuple"),
+    "an estimated scale": (ValueError, "scale of robust must be a number over ranks"),
+    "a maximum": (fl.RankDeficientError, "gauss_newton came to a point where the Jacobian has rank"),
+    "a maximum of many": (fl.RankDeficientError, "gauss_newton came to a point where the Jacobian has rank"),
+    "no full rank, by CGLS": (fl.RankDeficientError, "gauss_newton came to a point where the Jacobian has rank"),
+    "no full rank": (fl.RankDeficientError, "gauss_newton came to a point where the Jacobian has rank 1, not full"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_all_ranks_raise_the_same_error(on_ranks, name):
+    (kind, message), other = (of_rank[name] for of_rank in on_ranks("even"))
+    assert (kind, message) == other
+    assert kind == REFUSALS[name][0].__name__
+    assert REFUSALS[name][1] in message
