@@ -133,7 +133,7 @@ def test_interrupted_is_130_without_a_traceback(tall, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(solve, "solve_problem", interrupt)
+    monkeypatch.setattr(solve, "solved", interrupt)
     assert main(["solve", *tall]) == 130
     assert capsys.readouterr().err == "functional_lstsq: interrupted\n"
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(matrices, old, c
     def never(*_, **__):
         raise AssertionError("it has begun to work")
 
-    for name in ("read_matrix", "warm_up", "solve_problem"):
+    for name in ("read_matrix", "warm_up", "solved"):
         monkeypatch.setattr(solve, name, never)
     here = old.parent
     for name, target in {
