@@ -183,7 +183,6 @@ REFUSED = {  # name: (arguments, message, status)
     ),
     "other bounds on one rank": (["@A.mtx", "--lower", "@{rank}l.mtx"], "the lower bound must be the same on all", 2),
     "wide": (["@wide.mtx"], "5 x 7, has fewer rows than columns: ranks need --minimum-norm or --damp for it", 2),
-    "Direct": (["@A.mtx", "--solver", "direct"], "--solver: must be auto, dense, cgls on the ranks of torchrun", 2),
     "no timeout": (["@A.mtx", "--timeout", "0"], "--timeout: must be positive, got 0", 2),
     "no full rank": (["@Deficient.mtx"], "rank 1, not full rank 2", 1),
     "negative damp": (["@A.mtx", "--damp", "-1"], "damp must not be negative", 2),

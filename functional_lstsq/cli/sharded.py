@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from .. import CGLS, Auto, Dense, distributed
+from .. import CGLS, Auto, Dense, Direct, distributed
 from ..distributed.ranks import Ranks
 from .checkpoints import Checkpoint
 from .errors import BadInput
@@ -29,7 +29,7 @@ from .writing import check_outputs, write
 _ALONE = ("robust", "threshold")  # for one process
 # What iterates towards something else than x, or not at all.
 _NO_CHECKPOINT = ("nonnegative", "lower", "upper", "minimum_norm")
-_SOLVERS = {"auto": Auto(), "dense": Dense(), "cgls": CGLS()}
+SOLVERS = {"auto": Auto(), "dense": Dense(), "direct": Direct(), "cgls": CGLS()}
 _CPU = torch.device("cpu")
 
 
@@ -51,8 +51,6 @@ def run(options: argparse.Namespace, out: Output) -> int:
     for name in _ALONE:
         if getattr(options, name) not in (None, False):
             raise BadInput(f"argument --{name.replace('_', '-')}: not allowed on the ranks of torchrun")
-    if options.solver not in _SOLVERS:
-        raise BadInput(f"argument --solver: must be {', '.join(_SOLVERS)} on the ranks of torchrun")
     if not options.timeout > 0:
         raise BadInput(f"argument --timeout: must be positive, got {options.timeout:g}")
     if not options.every >= 0:
@@ -113,7 +111,7 @@ def _run(options: argparse.Namespace, out: Output, ranks: Ranks) -> int:
         "bounds": ranks.checked(lambda: (read_bounds(options, held.matrix, b), {}), _CPU),
         "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
         "refine": options.refine,
-        "solver": _SOLVERS[options.solver],
+        "solver": SOLVERS[options.solver],
     }
     checkpoint = Checkpoint(options.checkpoint, options.every, ranks)
     x0 = checkpoint.read((A.shape[1], *b.shape[1:]), torch.result_type(A.values, b)) if options.resume else None

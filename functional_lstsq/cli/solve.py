@@ -17,7 +17,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from .. import CGLS, Auto, Cauchy, Dense, Direct, Huber, Solution, SparseMatrix
+from .. import Cauchy, Huber, Solution, SparseMatrix
 from . import ranks, sharded
 from .errors import BadInput
 from .files import Compact, compact, read_bounds, read_matrix, read_right, read_weights
@@ -38,7 +38,6 @@ EXAMPLES = """\
   torchrun --nproc-per-node 2 -m functional_lstsq solve 'A.part-*.npz' 'b.part-*.npy' -o x.mtx  # the parts of rows
 """
 LOSSES = {"cauchy": Cauchy, "huber": Huber}
-SOLVERS = ("auto", "dense", "direct", "cgls")
 
 
 def add_arguments(job: argparse.ArgumentParser) -> None:
@@ -64,7 +63,9 @@ def add_arguments(job: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--upper", metavar="U", help="no x above this number, or those of a file; 1e300 for none")
     job.add_argument("--minimum-norm", action="store_true", help="accept A without full rank: the x of least norm")
-    job.add_argument("--solver", choices=SOLVERS, default="auto", help="default: auto, by predicted cost")
+    job.add_argument(
+        "--solver", choices=tuple(sharded.SOLVERS), default="auto", help="default: auto, by predicted cost"
+    )
     job.add_argument(
         "--refine",
         choices=("auto", "extended"),
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         "rank_deficient": "minimum_norm" if options.minimum_norm else "raise",
         "refine": options.refine,
     }
-    settings["solver"] = solver_of(options.solver)
+    settings["solver"] = sharded.SOLVERS[options.solver]
     warm_up(settings["solver"], derivatives=bool(options.gradient), robust=loss)
     start = time.perf_counter()
     with Progress(out):
@@ -159,8 +160,3 @@ def loss_of(options: argparse.Namespace) -> Any:
         return None
     kind = LOSSES[options.robust]
     return kind() if options.threshold is None else kind(options.threshold)
-
-
-def solver_of(name: str) -> Any:
-    """The solver of that name."""
-    return {"auto": Auto(), "dense": Dense(), "direct": Direct(), "cgls": CGLS()}[name]
