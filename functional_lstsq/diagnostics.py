@@ -255,7 +255,9 @@ def covariance_diagonal(
 def _tall(A: SparseMatrix | Factorization | Tensor) -> SparseMatrix | Factorization:
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
-    if not isinstance(A, (SparseMatrix, Factorization)) or is_sharded(A):
+    if is_sharded(A):
+        raise TypeError("A is sharded: of that there are leverages, and covariances without b, kind and groups")
+    if not isinstance(A, (SparseMatrix, Factorization)):
         raise TypeError(f"A must be a SparseMatrix or a torch sparse tensor, got {type(A).__name__}")
     if A.shape[0] < A.shape[1]:
         raise ValueError(f"A must have at least as many rows as columns, got shape {A.shape}")

@@ -190,3 +190,12 @@ def test_single_precision_that_overflows_is_no_success():
     tiny = fl.solve(large, b, throw=False)
     assert tiny.info.status == "out of range"
     assert tiny.info.forward_error > 0.1  # x is 1e-50, and rounded to zero
+
+
+def test_a_search_ends_where_rounding_has_taken_over():
+    """Of a condition number of 1e14 the gradient blows up by and by; only the limit of iterations ended that once."""
+    for seed in range(6):
+        A, pattern = with_singular_values(torch.logspace(0, -14, 8, dtype=torch.float64), 12, seed=seed)
+        info = fl.solve(fl.SparseMatrix(A.reshape(-1), pattern), A.sum(1), solver=fl.CGLS(), throw=False).info
+        assert info.status == "inaccurate"
+        assert info.iterations < 5000

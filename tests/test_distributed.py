@@ -132,7 +132,7 @@ REFUSALS = {  # name: (what is raised, words of the message)
     "a callback": (ValueError, "a sharded matrix allows no callback of CGLS"),
     "factors of an operator": (TypeError, "A must have entries, got a ShardedMatrix of operators"),
     "leverage of an operator": (TypeError, "A must have entries, got a ShardedMatrix of operators"),
-    "a sandwich": (TypeError, "A must be a SparseMatrix or a torch sparse tensor, got ShardedMatrix"),
+    "a sandwich": (TypeError, "covariances without b, kind and groups"),
     "NaN in a graph": (ValueError, "on rank 1: b of the augmented system holds NaN or infinity"),
     "negative weights in a graph": (ValueError, "on rank 1: weights must not be negative"),
     "another dtype in a graph": (ValueError, "what is solved for must be the same on all ranks"),

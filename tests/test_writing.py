@@ -18,7 +18,7 @@ import scipy.sparse
 
 import functional_lstsq as fl
 from functional_lstsq import errors
-from functional_lstsq.cli import main, solve, writing
+from functional_lstsq.cli import main, sharded, solve, writing
 from functional_lstsq.cli.words import line_of
 
 resource = pytest.importorskip("resource")
@@ -259,7 +259,7 @@ def test_advice_of_the_library_is_worded_for_the_shell(advice):
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        *((["twice", "--solver", name], "--minimum-norm") for name in solve.SOLVERS),
+        *((["twice", "--solver", name], "--minimum-norm") for name in sharded.SOLVERS),
         (["twice", "--minimum-norm", "--solver", "cgls"], "--solver direct or dense"),
         (["twice", "--solver", "cgls", "--robust", "huber"], "--damp"),
         (["ones", "--solver", "cgls"], "--minimum-norm"),
@@ -281,7 +281,7 @@ def test_a_refusal_is_worded_for_the_shell(matrices, capsys, arguments, option):
 
 
 def test_too_few_iterations_are_worded_for_the_shell(matrices, capsys, monkeypatch):
-    monkeypatch.setattr(solve, "CGLS", partial(fl.CGLS, max_iterations=3))
+    monkeypatch.setitem(sharded.SOLVERS, "cgls", fl.CGLS(max_iterations=3))
     assert main(["solve", f"{matrices}/hard.mtx", "--solver", "cgls"]) == 1
     what, _, advice = one_line(capsys).partition(" Try: ")
     assert "iteration limit" in what

@@ -65,7 +65,10 @@ def search(pattern: SparsePattern, rows: Tensor, columns: Tensor, wanted: Wanted
     vectors = rows, columns, wanted.inverse, wanted.d2, wanted.norms
     v, t, inverse, d2, norms = (None if part is None else kernels.array(part).reshape(-1) for part in vectors)
     gamma = (np.abs(g).astype(np.float64) ** 2 * inverse).sum(1)
-    numbers, extremes = np.stack([gamma, np.zeros(k)], 1), np.array(wanted.extremes.numpy(force=True), np.float64)
+    numbers, extremes = (
+        np.stack([gamma, np.zeros(k), gamma], 1),
+        np.array(wanted.extremes.numpy(force=True), np.float64),
+    )
     done, history = np.zeros((k, 2), np.int64), np.empty((k, 0, 3))
     done[:, 1] = gamma <= 0
     rules = np.array(wanted.rules.numpy(force=True), np.float64)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from .compiled import _jit, claim, part, square, wide
 
 _ERROR, _ENERGY, _GRADIENT = 0, 1, 2  # what is noted of an iteration
 _GOES_ON, _FOUND, _ALL = 0, 1, 2  # whether a column goes on, ends, or ends the search for all
 _AGO = 8  # iterations, from whose errors it is extrapolated
 _FEWEST = 24
+_BLOWN_UP = 1e20  # times the least gamma, as of `solvers.conjugate_gradients`
 
 
 @_jit
@@ -159,7 +158,7 @@ def search(
 
     Args:
         norms: (n,), in which errors are measured.
-        numbers: (k, 2), gamma and beta.
+        numbers: (k, 3), gamma, beta and the least gamma so far.
         done: (k, 2), iterations so far, and whether that is all.
         history: (k, most, 3): |norms (wanted - y)|, |[A; d] (wanted - y)| and sqrt(gamma) after each.
         extremes: (k, 2), the smallest and the largest singular value so far.
@@ -179,7 +178,7 @@ def search(
             if not well:
                 done[k, 1] = _FOUND
                 break
-            numbers[k, 0], numbers[k, 1] = gamma, gamma / last
+            numbers[k, 0], numbers[k, 1], numbers[k, 2] = gamma, gamma / last, min(gamma, numbers[k, 2])
             error = energy = 0.0
             for i in range(r.shape[1]):
                 energy += square(r[k, i])
@@ -193,5 +192,6 @@ def search(
             history[k, step, _GRADIENT] = math.sqrt(gamma)
             done[k, 0] = step + 1
             done[k, 1] = _ends(history[k], step, extremes[k], rules[k], patience, solves)
-            if not 0 < gamma < np.inf:
+            # Of a matrix without full rank gamma may blow up after rounding has taken over, and find nothing more.
+            if not 0 < gamma < _BLOWN_UP * numbers[k, 2]:
                 done[k, 1] = max(done[k, 1], _FOUND)
