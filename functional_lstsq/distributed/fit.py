@@ -75,7 +75,7 @@ def gauss_newton(
         bounds: (lower, upper), as `gauss_newton` has them, the same on all ranks.
         robust: a loss, the same on all ranks, with a threshold and a scale that are numbers: an estimated scale, as
             that of `Huber()`, is not to be had.
-        solver: `Auto()`, `Dense()` or `CGLS()`, for the steps and the derivatives.
+        solver: `Auto()`, `Dense()`, `Direct()` or `CGLS()`, for the steps and the derivatives.
         rank_deficient, rank_tolerance, max_iterations, throw, progress: as `gauss_newton` has them; "minimum_norm"
             takes a dense factor, so not `CGLS()`, nor more than 500 unknowns by `Auto()`.
         group: of torch.distributed; None for all ranks.
