@@ -256,7 +256,10 @@ def _tall(A: SparseMatrix | Factorization | Tensor) -> SparseMatrix | Factorizat
     if isinstance(A, Tensor):
         A = SparseMatrix.from_torch(A)
     if is_sharded(A):
-        raise TypeError("A is sharded: of that there are leverages, and covariances without b, kind and groups")
+        raise TypeError(
+            "A must be a SparseMatrix or a torch sparse tensor, got a ShardedMatrix, of which there are leverages, and "
+            "covariances without b, kind and groups"
+        )
     if not isinstance(A, (SparseMatrix, Factorization)):
         raise TypeError(f"A must be a SparseMatrix or a torch sparse tensor, got {type(A).__name__}")
     if A.shape[0] < A.shape[1]:
