@@ -1,11 +1,16 @@
 """Rows on many ranks: processes that sharded.py starts, held against one process that has all rows."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import test_table
 import torch
 import torch.multiprocessing
 from helpers import close, dense, problem
-from sharded import CASES, SPLITS, Place, work, work_until_lost
+from on_ranks import compare, fixtures
+from sharded import CASES, SPLITS, work_until_lost
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import functional_lstsq as fl
@@ -18,69 +23,13 @@ pytestmark = pytest.mark.skipif(
 OF_TABLE = problem(test_table.M, test_table.N)
 
 
-def processes(function, size, folder, *given):
-    """What each of `size` processes has left in a folder."""
-    torch.multiprocessing.spawn(function, (size, str(folder), *given), size)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-
-
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
-    """What the cases gave on the ranks of a split, which has processes of its own once it is first asked for."""
-    kept = {}
-
-    def found(split):
-        if split not in kept:
-            size = len(SPLITS[split](1)) - 1
-            kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split)
-        return kept[split]
-
-    return found
-
-
-@pytest.fixture(scope="module")
-def alone():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    kept = {}
-
-    def found(name):
-        if name not in kept:
-            case, options = CASES[name]
-            place = Place(**options)
-            kept[name] = case(place), place
-        return kept[name]
-
-    yield found
-    torch.set_default_dtype(before)
+on_ranks, alone = fixtures(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("split", ["even", *(pytest.param(s, marks=pytest.mark.slow) for s in SPLITS if s != "even")])
 def test_as_in_one_process(on_ranks, alone, split, name):
     compare(name, split, *alone(name), [found[name] for found in on_ranks(split)])
-
-
-def compare(name, split, want, whole, got):
-    """Hold what the ranks of a split gave against each other, and against what one process gave for all rows."""
-    assert not any(isinstance(of_rank, str) for of_rank in got), got
-    tolerance = 1e-6 if "float32" in name else 1e-10
-    for of_rank in got[1:]:
-        for kind in ("same", "info"):
-            for one, other in zip(got[0].get(kind, ()), of_rank.get(kind, ()), strict=True):
-                assert torch.equal(one, other), "ranks differ"
-    for one, other in zip(got[0].get("same", ()), want.get("same", ()), strict=True):
-        close(one, other, tolerance)
-    for parts, other in zip(
-        zip(*(of_rank.get("rows", ()) for of_rank in got), strict=True), want.get("rows", ()), strict=True
-    ):
-        close(torch.cat(parts), other, tolerance)
-    ends, row = SPLITS[split](whole.m), whole.pattern.indices[0]
-    for place, of_rank in enumerate(got):
-        mine = (row >= ends[place]) & (row < ends[place + 1])
-        for one, other in zip(of_rank.get("entries", ()), want.get("entries", ()), strict=True):
-            assert one.shape == other[mine].shape
-            assert float((one - other[mine]).abs().sum()) <= tolerance * float(other.abs().sum())
 
 
 REFUSALS = {  # name: (what is raised, words of the message)
@@ -294,3 +243,19 @@ def test_a_dtensor_beside_rows_of_one_place_is_refused(name):
         fl.lstsq(fl.eye(2), **given)
     with pytest.raises(TypeError, match=message):
         torch.func.grad(lambda t: fl.lstsq(fl.eye(2), **{**given, name: t}).sum())(rows)
+
+
+ENDS = """
+import os, torch, functional_lstsq as fl
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+torch.func.grad(lambda t: fl.distributed.total(t).sum())(torch.ones(3))
+torch.distributed.destroy_process_group()
+print(sum("gloo" in open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not tell of threads")
+def test_threads_of_a_group_end_with_it():
+    """Those that are left at the end of a process abort it now and then, as one freed a tensor meanwhile."""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", ENDS], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["0"]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from sharded import SPLITS, Place, work
+from on_ranks import compare, fixtures
 from sharded_fits import CASES
-from test_distributed import compare, processes
 
 import functional_lstsq as fl
 
@@ -13,35 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
-    """What the cases gave on the ranks of a split, which has processes of its own once it is first asked for."""
-    kept = {}
-
-    def found(split):
-        if split not in kept:
-            size = len(SPLITS[split](1)) - 1
-            kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split, "sharded_fits")
-        return kept[split]
-
-    return found
-
-
-@pytest.fixture(scope="module")
-def alone():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    kept = {}
-
-    def found(name):
-        if name not in kept:
-            case, options = CASES[name]
-            place = Place(**options)
-            kept[name] = case(place), place
-        return kept[name]
-
-    yield found
-    torch.set_default_dtype(before)
+on_ranks, alone = fixtures(CASES, "sharded_fits")
 
 
 # Of the other splits, by which `test_distributed` holds the sums that fits are made of, the hardest one.

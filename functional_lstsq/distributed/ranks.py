@@ -15,6 +15,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the default group as a default, that of the time when they are defined. The first torch.func.grad
+# defines them: after the group has begun they would keep its threads to the end of the process, and these may abort it.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
