@@ -199,3 +199,15 @@ def test_a_search_ends_where_rounding_has_taken_over():
         info = fl.solve(fl.SparseMatrix(A.reshape(-1), pattern), A.sum(1), solver=fl.CGLS(), throw=False).info
         assert info.status == "inaccurate"
         assert info.iterations < 5000
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_a_matrix_of_stored_zeros_is_of_rank_zero(shape, dtype):
+    """No gradient of a known solution says anything there, so that a search ends before its first iteration."""
+    matrix, b = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], dtype=dtype)
+    pattern = fl.SparsePattern(torch.ones(shape).nonzero().T, shape)
+    by_b = torch.func.grad(lambda *call, **options: fl.lstsq(*call, **options).abs().sum(), argnums=1)
+    for solve in (fl.lstsq, by_b):
+        with pytest.raises(fl.RankDeficientError, match="has rank below"):
+            solve(fl.SparseMatrix(matrix.reshape(-1), pattern), b, solver=fl.CGLS())

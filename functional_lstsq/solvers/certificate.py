@@ -193,7 +193,7 @@ class Certificate:
                 wanted, b, c, first, inverse, norms, target.d2, extremes, torch.stack(rules, 1), self.patience, _SOLVES
             )
             run = target.A.search(sought, self.limit)
-            if run is not None:
+            if run is not None and len(run.errors):  # none where no gradient says anything, as of a matrix of zeros
                 noted = [part.to(real) for part in (run.errors, run.energies, run.gradients)]
                 gradients += note(*noted)
                 energies += noted[1].nan_to_num(0.0)
