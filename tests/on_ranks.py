@@ -13,8 +13,8 @@ def processes(function, size, folder, *given):
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
-def fixtures(cases, *given):
-    """(on_ranks, alone) for `cases` by name; `given` names their module to `work`.
+def fixtures(cases, module):
+    """(on_ranks, alone) for `cases` by name, of a module of that name.
 
     on_ranks(split) gives what the cases gave on each rank of a split, which has processes of its own once it is first
     asked for; alone(name) what a case gave in one process, and its place.
@@ -27,7 +27,7 @@ def fixtures(cases, *given):
         def found(split):
             if split not in kept:
                 size = len(SPLITS[split](1)) - 1
-                kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split, *given)
+                kept[split] = processes(work, size, tmp_path_factory.mktemp("ranks"), split, module)
             return kept[split]
 
         return found

@@ -10,7 +10,8 @@ import torch
 import torch.multiprocessing
 from helpers import close, dense, problem
 from on_ranks import compare, fixtures
-from sharded import CASES, SPLITS, work_until_lost
+from sharded import SPLITS, work_until_lost
+from sharded_cases import CASES
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import functional_lstsq as fl
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 OF_TABLE = problem(test_table.M, test_table.N)
 
 
-on_ranks, alone = fixtures(CASES)
+on_ranks, alone = fixtures(CASES, "sharded_cases")
 
 
 @pytest.mark.parametrize("name", CASES)
