@@ -38,12 +38,12 @@ def ill_conditioned(place):
     return {"same": [found.x], "rows": [found.residual]}
 
 
-def many_columns(place, method, tried=""):
+def many_columns(place, method, tried="", solver=None):
     """More than the 500 up to which A^H A is factored without a thought of its cost."""
-    found = fl.solve(place.A, place.b)
+    found = fl.solve(place.A, place.b, solver=solver)
     assert found.info.method.startswith(method), found.info.tried
     assert tried in found.info.tried, found.info.tried
-    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b).sin().sum(), (0, 1))(place.A, place.b)
+    by_A, by_b = grad(lambda A, b: fl.lstsq(A, b, solver=solver).sin().sum(), (0, 1))(place.A, place.b)
     return {"same": [found.x], "rows": [found.residual, by_b], "entries": [place.entries_of(by_A)]}
 
 

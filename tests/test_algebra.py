@@ -181,7 +181,7 @@ def test_exported():
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "_loops", lambda: None)
+    monkeypatch.setattr(kernels, "loops", lambda: None)
     monkeypatch.setattr(triple, "_PAIRS", 5)
 
 

@@ -3,15 +3,17 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from helpers import close, dense, problem
+from helpers import close, dense, problem, with_singular_values
 
 import functional_lstsq as fl
 from functional_lstsq.solvers import dense as room
+from functional_lstsq.solvers import one_pass
 from functional_lstsq.solvers.certificate import Certificate
 from functional_lstsq.solvers.system import System
-from functional_lstsq.sparse import dense_kernels, kernels, plain_products
+from functional_lstsq.sparse import dense_kernels, kernels, normal_iteration, plain_products
 from functional_lstsq.sparse.gram_pattern import GramPattern
 from functional_lstsq.sparse.plain_products import Operator
 from functional_lstsq.sparse.products import _sample_kernel
@@ -181,11 +183,16 @@ def test_conjugated_and_negated_views_are_taken_for_what_they_are(way):
     assert torch.allclose(real.adjoint(negated), real.dense().mT @ negated)
 
 
+@pytest.mark.parametrize("passes", ["twice", "by rows", "whole"])
 @pytest.mark.parametrize("damp", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_iterations_come_to_the_same(monkeypatch, dtype, damp):
+def test_iterations_come_to_the_same(monkeypatch, dtype, damp, passes):
     """Compiled and in torch: x, its derivatives by values and b, and how often was iterated."""
     pattern, values, b = problem(60, 20, dtype=dtype)
+    monkeypatch.setattr(normal_iteration, "_DENSER", 1e9 if passes == "whole" else 0.0)
+    kind = (kernels, "Iteration") if passes == "twice" else (plain_products, "NormalIteration")
+    if passes == "twice":
+        monkeypatch.setattr(plain_products.NormalProducts, "suit", lambda *_: False)
 
     def solved():
         def objective(values, b):
@@ -196,10 +203,11 @@ def test_iterations_come_to_the_same(monkeypatch, dtype, damp):
         gradients, solution = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(values, b)
         return (solution.x, solution.residual, *gradients), solution.info
 
-    entered, steps = [], kernels.Iteration
-    monkeypatch.setattr(kernels, "Iteration", lambda *given: entered.append(1) or steps(*given))
+    entered, steps = [], getattr(*kind)
+    monkeypatch.setattr(*kind, lambda *given: entered.append(given[0]) or steps(*given))
     compiled, info = solved()
     assert entered
+    assert passes == "twice" or entered[0].arrays[0] == (passes == "whole" and not dtype.is_complex)
     monkeypatch.setattr(kernels, "available", lambda device: False)
     entered.clear()
     by_torch, other = solved()
@@ -211,6 +219,45 @@ def test_iterations_come_to_the_same(monkeypatch, dtype, damp):
     A = dense(double(values), pattern)
     x = torch.linalg.solve(A.mH @ A + damp**2 * torch.eye(20, dtype=A.dtype), A.mH @ double(b))
     assert float((double(compiled[0]) - x).norm() / x.norm()) <= max(4 * torch.finfo(dtype).eps, 1e-11)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_iterations_are_the_same_for_any_number_of_threads(monkeypatch, whole):
+    """Sums are taken in the same parts, whoever takes them, and whoever watches."""
+    monkeypatch.setattr(normal_iteration, "_PARALLEL", 0)
+    monkeypatch.setattr(normal_iteration, "_DENSER", 1e9 if whole else 0.0)
+    pattern, values, b = problem(3000, 600)
+    A = fl.SparseMatrix(values, pattern)
+
+    def solution(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return fl.lstsq(A, b, solver=fl.CGLS(), damp=0.1)
+        finally:
+            torch.set_num_threads(before)
+
+    alone = solution(1)
+    for threads in 2, 3, 4:
+        for _ in range(3):
+            assert torch.equal(solution(threads), alone)
+    with fl.progress(lambda step: None):
+        assert torch.equal(solution(2), alone)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("condition", [30.0, 2000.0, 1e5])
+def test_updated_gradients_are_computed_anew(monkeypatch, condition, whole):
+    """Of a consistent system, whose residual vanishes, an updated gradient alone would leave eps cond^2."""
+    monkeypatch.setattr(normal_iteration, "_DENSER", 1e9 if whole else 0.0)
+    A, pattern = with_singular_values(np.logspace(0, -np.log10(condition), 40), 90)
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    entered, steps = [], plain_products.NormalIteration
+    monkeypatch.setattr(plain_products, "NormalIteration", lambda *given: entered.append(1) or steps(*given))
+    solution = fl.solve(fl.SparseMatrix(A.reshape(-1), pattern), A @ x, solver=fl.CGLS())
+    assert bool(entered) == (condition < one_pass.CONDITION)
+    assert float((solution.x - x).norm() / x.norm()) < max(1e-15 * condition, 1e-12)
+    assert float(solution.residual.norm() / (A @ x).norm()) < max(1e-15 * condition, 1e-12)
 
 
 def test_iterations_end_where_there_is_no_curvature():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from ..result import CONVERGED, RANK_DEFICIENT, Report, method_code
+from ..solvers.auto import Auto
 from ..solvers.base import Factors
+from ..solvers.cgls import CGLS
 from ..solvers.memory import told_as_too_large
 from ..solvers.system import System
+from ..sparse.kernels import available
 from ..sparse.numerics import ldexp, power_of_two
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
+from ..torch_func.cores import alone
 from ..torch_func.primitive import define
 from .blocks import Asked, solve_in_parts
 from .factor_cache import Holder, is_kept, no_token
@@ -31,6 +36,8 @@ from .small import solve_small
 from .verdict import judge_range, tell_zeros
 from .weighting import enter, weigh
 
+_PARALLEL = 2**15  # numbers from which torch's operations take several threads
+
 
 def _solve_kernel(
     values: Tensor,
@@ -47,7 +54,8 @@ def _solve_kernel(
     settings: str,
     on_failure: str,
 ) -> tuple[Tensor, ...]:
-    if not len(values):  # of an empty batch
+    copies = len(values)
+    if not copies:  # of an empty batch
         *nothing, made = solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
@@ -63,7 +71,11 @@ def _solve_kernel(
     numbers: dict[str, tuple[Tensor, ...]] = {"values": (values,)}
     if weights is not None:
         numbers["weights"] = (weights,)
-    return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
+    solver = wanted.solver
+    iterated = isinstance(solver, CGLS) or (isinstance(solver, Auto) and min(m, n) > solver.dense_columns)
+    own = iterated and copies == 1 and values.shape[1] > _PARALLEL and available(values.device)
+    with alone() if own else nullcontext():
+        return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
 
 
 def _system(

@@ -126,10 +126,9 @@ def _judge_derivative(
     (of_r, of_R), (of_x, of_X) = _in_units(primal[:, 5 : 5 + system.m], A), _in_units(primal[:, 5 + system.m :])
     error_r, error_x = _in_unit_of(report.weighted_error, r, R, A), _in_unit_of(report.solution_error, x, X)
     error_of_r, error_of_x = _in_unit_of(error_of_r, of_r, of_R, A), _in_unit_of(error_of_x, of_x, of_X)
-    stored = A.with_values(r.new_ones((1, 1)).expand(system.copies, A.pattern.nnz))
     # Squares of norms of what each row meets of x and of l_x, and each column of s and of l_s.
-    rows_of_x, rows_x = stored.matmul(torch.cat([of_x, x], 2).square()).chunk(2, 2)
-    columns_of_r, columns_r = stored.adjoint(torch.cat([of_r, r], 2).square()).chunk(2, 2)
+    rows_of_x, rows_x = A.stored_matmul(torch.cat([of_x, x], 2).square()).chunk(2, 2)
+    columns_of_r, columns_r = A.stored_adjoint(torch.cat([of_r, r], 2).square()).chunk(2, 2)
     first = A.dot(r.square(), rows_of_x).sqrt()  # |l_s x^H| at the stored entries
     second = A.dot(of_r.square(), rows_x).sqrt()
     # The units of the first term and of the second, in units of the larger.

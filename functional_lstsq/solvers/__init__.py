@@ -7,7 +7,8 @@ every row of a Jacobian and every derivative after that.
 - base: both as classes, with all that the library asks of them.
 - auto, with plan and costs, and cgls, dense, direct: the methods a user can name; small: what dense does, in one
   compiled call; preconditioners: those for `CGLS`; stopped: the iterate after some of its steps.
-- conjugate_gradients, refinement, acceptance: the loops that methods share, and the report of what was reached.
+- conjugate_gradients, refinement, acceptance: the loops that methods share, and the report of what was reached;
+  one_pass: conjugate gradients that read A once an iteration; corrections: what refinement asks of them.
 - factored, sparse_factor, shifted: solves by a factor, and the sparse Cholesky factor of A^H A.
 - inverse_iteration, null_space, row_space, clusters, local, local_basis, ritz, certificate, weakest: extreme singular
   values and what belongs to them.

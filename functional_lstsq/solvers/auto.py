@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..errors import TooLarge
 from ..result import CONVERGED, RANK_DEFICIENT, STATUSES, Report, tried_code
 from ..sparse.matrix import SparseMatrix, single
 from ..sparse.plain_products import Operator
+from ..torch_func.cores import together
 from . import costs
 from .base import Factors, Solver
 from .certificate import Certificate
@@ -99,15 +101,17 @@ class Auto(Solver):
         analysis, places = analyse(system), system.A.places
         (entries, rows, work), bound = analysis.most, min(analysis.products, n**2)
         iteration = costs.products_of_iteration(entries, rows, n) + costs.total(n, places)
-        products = costs.gram(work)
+        products, each = costs.gram(work), costs.iteration(iteration)
+        if system.A.normal_work is not None and self.cgls.preconditioner is None:
+            each = costs.iteration_of_one(system.A.normal_work, n)
         dense = products + costs.total(n**2, places) + costs.dense_factor(n) if dense_fits else math.inf
         sparse_fits = analysis.bytes_before <= self.direct.room(places)
         sparse = products + costs.total(bound, places) + costs.ordering(bound) if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
-        patience = factor / costs.iteration(iteration)
+        patience = factor / each
         worth_it = bool(places.least(costs.Lately.of(system.A.pattern).is_worth_it()))
         if not self.factor and costs.PATIENCE < patience < math.inf and worth_it:
-            yield Step(self.cgls, "a factor costs more", iteration, factor, patience=patience)
+            yield Step(self.cgls, "a factor costs more", iteration, each, factor, patience=patience)
             tried = factor
         choice: Dense | Direct | None = Dense(orthogonal=False) if dense_fits else None
         if sparse < dense:
@@ -119,13 +123,13 @@ class Auto(Solver):
             factor = dense if isinstance(choice, Dense) else sparse
         if choice is not None:
             if tried and factor > 4 * tried:
-                patience = factor / costs.iteration(iteration)
-                yield Step(self.cgls, "a factor costs much more", iteration, factor, patience=patience)
+                patience = factor / each
+                yield Step(self.cgls, "a factor costs much more", iteration, each, factor, patience=patience)
             why_this = "a factor would be dense" if isinstance(choice, Dense) else "a factor costs less"
             yield Step(choice, why_this, seconds=factor)
             if isinstance(choice, Dense) and sparse_fits:
                 yield Step(self.direct, "ill-conditioned")
-        yield Step(self.cgls, why or "no factor", iteration)
+        yield Step(self.cgls, why or "no factor", iteration, each)
         if n <= _QR_LIMIT and dense_fits:
             yield Step(_DENSE, "last resort")
 
@@ -229,9 +233,10 @@ class _Chain(Factors):
         self, index: int, step: Step, b: Tensor, c: Tensor, start: Tensor | None, *, judged: bool
     ) -> tuple[Tensor, Tensor, Report] | None:
         """By one method, which is prepared first; None where so many right-hand sides are left to the next."""
-        for last in (not isinstance(step.solver, CGLS), True):
+        iterates = isinstance(step.solver, CGLS)
+        for last in (not iterates, True):
             try:
-                with told_as_too_large():
+                with told_as_too_large(), nullcontext() if iterates else together():
                     if index not in self.prepared and not step.too_dear(None, self.columns):
                         self.prepared = {}  # one factor at a time
                         self.prepared[index] = step.prepare(self.system, minimum_norm=self.minimum_norm)

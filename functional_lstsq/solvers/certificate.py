@@ -54,6 +54,11 @@ class Certificate:
         with searching():
             self._measure(known)
 
+    @property
+    def passes_once(self) -> bool:
+        """Whether there are products with A^H A."""
+        return self.given is None and self.system.A.normal is not None
+
     def _measure(self, given: Tensor | None) -> None:
         """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free.
 
@@ -69,14 +74,16 @@ class Certificate:
         self.smallest, self.largest = torch.full_like(self.whole, torch.inf), torch.ones_like(self.whole)
         self.condition = torch.ones_like(self.whole)
         self.iterations, self.unfound = torch.zeros_like(self.whole), torch.zeros_like(self.whole, dtype=torch.bool)
-        if self.single is not None:
+        if self.single is not None and not self.passes_once:
             left = self._find(self.single, known)
             if bool((self.largest < SINGLE_CONDITION * self.smallest).all()):
                 known = left
             else:  # rounding in single precision may have made `smallest` too small, so nothing of it is used
                 self.single, self.smallest = None, torch.full_like(self.smallest, torch.inf)
-        if self.single is None or bool(self._missed(known).any()):
+        if self.single is None or self.passes_once or bool(self._missed(known).any()):
             known = self._find(system, known)
+            if self.single is not None and not bool((self.largest < SINGLE_CONDITION * self.smallest).all()):
+                self.single = None
         if self.given is not None:
             self._look_for_the_weakest(self.given)
         smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)

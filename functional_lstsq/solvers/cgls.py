@@ -21,10 +21,12 @@ from torch import Tensor
 from ..result import RANK_DEFICIENT, Report, method_code
 from ..sparse.base import COARSE, norm
 from ..sparse.numerics import noise
+from . import one_pass
 from .acceptance import report
 from .base import Factors, Solver
 from .certificate import Certificate
 from .conjugate_gradients import Normal, Run, cgls, iterate
+from .corrections import CONTRACTION, Corrections
 from .preconditioners import prepared
 from .refinement import ratio, refine
 from .single_precision import SINGLE_CONTRACTION
@@ -32,7 +34,6 @@ from .stopped import Stopped
 from .system import System, check_number
 from .watching import iterate_shown
 
-_CONTRACTION = 0.05  # of its error that a correction may leave, after the first, which goes to the tolerance at once
 _BOUND = 1e-9  # relative rounding errors that need no residuals in extended precision
 
 
@@ -120,8 +121,9 @@ class Iteration(Factors):
         system, certificate, accept = self.system, self.certificate, self.accept if judged else None
         # Where nothing can be certified nothing is iterated: a right-hand side of zeros ends at once.
         failed, given, of_c = certificate.failed, b, c
-        b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
-        correct = _Corrections(self, b, start)
+        if bool(failed.any()):
+            b, c = (torch.where(failed[:, None], 0.0, tensor) for tensor in (b, c))
+        correct = Corrections(self, b, start)
         refined = refine(
             system,
             b,
@@ -129,10 +131,11 @@ class Iteration(Factors):
             correct,
             largest=certificate.largest,
             smallest=certificate.smallest,
-            contraction=_CONTRACTION if certificate.single is None else 20 * SINGLE_CONTRACTION,
+            contraction=CONTRACTION if correct.single is None else 20 * SINGLE_CONTRACTION,
             target=10 * self.target,
             bound=_BOUND,
             accept=accept,
+            consistent=system.weights is None and self.passes_once(b.shape[2]),
         )
         answer = report(
             system,
@@ -157,6 +160,11 @@ class Iteration(Factors):
             optimality=torch.where(failed, torch.nan, answer.optimality),
         )
         return torch.where(failed[:, None], given, refined.r), refined.y, answer  # r = b - A y for y = 0
+
+    def passes_once(self, columns: int) -> bool:
+        """Whether so many columns are iterated with one pass over A."""
+        moderate = self.certificate.passes_once and float(self.certificate.condition) <= one_pass.CONDITION
+        return columns == 1 and moderate
 
     def reach(
         self, b: Tensor, c: Tensor, start: Tensor | None, found: tuple[Tensor, Tensor, Report]
@@ -184,15 +192,15 @@ class Iteration(Factors):
             ),
         )
 
-    def run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
+    def run(self, system: Normal, b: Tensor | None, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
         """Iterate until the error of x is at most `tolerance` times |x|; of start + y, where there is a start.
 
         x has the norm |D^-1 y|, here in units of min D^-1, in which an error of x is at most |e| for an error e of y.
         The norms N of the columns are at least 1/2, so that |e| <= 2 |N e| <= 2 sqrt(gamma) / sigma_min^2: gamma is the
-        square of the gradient in the norm of N^-2, the preconditioner.
+        square of the gradient in the norm of N^-2, the preconditioner. b is None for zero.
         """
-        norms, weight = self.system.norms.to(b.real.dtype), self.system.weight.to(b.real.dtype)
-        inverse, eps = norms.square().reciprocal(), max(torch.finfo(b.dtype).eps, self.system.A.unit / 10)
+        norms, weight = self.system.norms.to(c.real.dtype), self.system.weight.to(c.real.dtype)
+        inverse, eps = norms.square().reciprocal(), max(torch.finfo(c.dtype).eps, self.system.A.unit / 10)
         limit = tolerance / 2 * self.certificate.smallest.square()
         # Rounding errors of the gradient, below which it does not fall, are those of A^H r and of c. Beside a large
         # damping |A| is far smaller than the largest singular value of [A; d].
@@ -206,6 +214,12 @@ class Iteration(Factors):
             return torch.maximum(limit * norm(weight * whole), slope * system.A.norm(r) + floor[:, live]).square()
 
         settings = self.settings
+        if self.passes_once(c.shape[2]):
+            numbers = one_pass.Goal(float(limit), float(slope), float(floor), weight, start)
+            limits = float(self.certificate.condition), settings.max_iterations
+            return one_pass.iterate(system, b, c, inverse, numbers, *limits, callback=settings.callback, show=show)
+        if b is None:
+            b = torch.zeros((len(c), system.A.m, c.shape[2]), dtype=c.dtype, device=c.device)
         if self.given is None:
             return cgls(
                 system,
@@ -222,46 +236,6 @@ class Iteration(Factors):
             return norm(g / norms).square() <= goal(r, y, live)  # gamma is in a norm unknown here
 
         return iterate(system, b, c, self.given, converged, limit=settings.max_iterations, callback=settings.callback)
-
-
-class _Corrections:
-    """What `refine` corrects by: y of A^H A y + d^2 y = A^H b - c, by conjugate gradients.
-
-    Args:
-        start: y to begin the first solve, for the right-hand side `b`, from; None for zero.
-
-    Attributes:
-        limited: (P, k), which columns have run out of iterations.
-    """
-
-    def __init__(self, factors: Iteration, b: Tensor, start: Tensor | None):
-        self.factors, self.start, self.left, self.first = factors, start, b, True
-        self.limited = factors.certificate.unseen.expand(-1, b.shape[2])
-        if start is not None:
-            system = factors.system
-            weighed = system.weigh(b)
-            left = weighed - system.A.matmul(start)
-            # A start that is worse than none would leave rounding errors of its own size.
-            lost = system.A.norm(left).square()
-            lost = lost if system.d2 is None else lost + norm(system.d2.sqrt() * start).square()
-            better = (lost < system.A.norm(weighed).square())[:, None]
-            self.start, self.left = torch.where(better, start, 0.0), torch.where(better, left, weighed)
-
-    def __call__(self, b: Tensor | None, c: Tensor) -> Run:
-        factors, start, single = self.factors, self.start if self.first else None, self.factors.certificate.single
-        assert b is not None
-        if start is not None:
-            b, c = self.left, c + factors.system.damped(start)
-        if single is not None:
-            run = single.solved(b, c, lambda b, c: factors.run(single, b, c, SINGLE_CONTRACTION))
-        else:
-            run = factors.run(factors.system, b, c, factors.target if self.first else _CONTRACTION, start)
-        self.first = False
-        ran_out = run.iterations >= factors.settings.max_iterations
-        # Other columns than those that were asked about are samples of rounding errors.
-        ran_out = ran_out if ran_out.shape == self.limited.shape else ran_out.any(1, keepdim=True)
-        self.limited = self.limited | ran_out
-        return run if start is None else run._replace(y=start + run.y)
 
 
 class LeastNorm(Iteration):
@@ -311,7 +285,7 @@ class LeastNorm(Iteration):
         r, y, answer = super().solve(b, self._seen(c), judged=judged)
         return r, y, answer._replace(rank=torch.where(self.deficient, -1.0, answer.rank))
 
-    def run(self, system: Normal, b: Tensor, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
+    def run(self, system: Normal, b: Tensor | None, c: Tensor, tolerance: float, start: Tensor | None = None) -> Run:
         """As of `Iteration`: rounding errors in c have a part in the null space, which no iterate makes smaller."""
         return super().run(system, b, self._seen(c), tolerance, start)
 

@@ -10,6 +10,8 @@ _PRODUCTS = 1e8  # multiplications a second in a sparse product of two matrices
 _ORDERED = 1e6  # entries a second in an ordering
 _BYTES = 8e9  # bytes a second in a sparse product with vectors
 _SUM, _SUMMED = 4e-4, 1.5e8  # seconds of a sum over places, on one machine, and numbers a second in it
+_CACHED = 4e10  # bytes a second in a product with A^H A for one column
+_CALL = 2e-6  # seconds of a compiled iteration, however small
 _CALLS = 1e-4  # seconds of an iteration, however small
 _DENSE_PASSES = 20  # over a dense factor, to use it and to know its condition number
 ANYWAY = 1e-2  # seconds of any solve, whatever its method
@@ -28,6 +30,11 @@ def products_of_iteration(entries: int, m: int, n: int) -> float:
 def iteration(products: float) -> float:
     """One iteration of conjugate gradients."""
     return products + _CALLS
+
+
+def iteration_of_one(entries: int, n: int) -> float:
+    """One iteration for one column with a product that reads so many entries of A^H A, in compiled code."""
+    return _CALL + (12 * entries + 64 * n) / _CACHED
 
 
 def total(numbers: int, places: Places) -> float:

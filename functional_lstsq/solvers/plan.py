@@ -31,13 +31,15 @@ class Prediction(NamedTuple):
 class Step(NamedTuple):
     """A method, why it has its place, and the seconds that an iteration and a factor in its stead would take.
 
-    `seconds` are those of its own factor, where they are known. `CGLS` gives up when its errors promise more iterations
-    than `patience`.
+    `each` are the seconds of an iteration for one column, `iteration` what each of many columns adds. `seconds` are
+    those of its own factor, where they are known. `CGLS` gives up when its errors promise more iterations than
+    `patience`.
     """
 
     solver: Solver
     reason: str
     iteration: float = 0.0
+    each: float = costs.iteration(0.0)
     factor: float = math.inf
     seconds: float = math.nan
     patience: float = math.inf
@@ -61,16 +63,11 @@ class Step(NamedTuple):
         return isinstance(self.solver, CGLS)
 
     @property
-    def each(self) -> float:
-        """Seconds of an iteration."""
-        return costs.iteration(self.iteration)
-
-    @property
     def name(self) -> str:
         return "CGLS" if isinstance(self.solver, CGLS) else "Dense" if isinstance(self.solver, Dense) else "Direct"
 
     def too_dear(self, prepared: Factors | None, columns: int) -> bool:
         """Whether so many right-hand sides are better left to a factor, by the iterations that are known of."""
         iterations = float(prepared.iterations.max()) if isinstance(prepared, Iteration) else costs.FEWEST
-        seconds = costs.SOLVE * iterations * columns * self.iteration / 2
-        return seconds > self.factor + costs.FACTORED * columns * self.iteration
+        each = self.each if columns == 1 else columns * self.iteration
+        return costs.SOLVE * iterations * each / 2 > self.factor + costs.FACTORED * columns * self.iteration

@@ -13,7 +13,8 @@
 - picture: the pattern of a large matrix in a few cells.
 - lazy: an attribute that is made when it is first asked for.
 - kernels: products, sampled products, A^H A and iterations in compiled code, where Numba is; dense_kernels: dense
-  factors; small_kernels: whole solves of small systems; column_search: iterations towards known solutions; helpers:
-  threads that help with them. compiled, compiled_bounds, compiled_colors, compiled_columns, compiled_dense,
-  compiled_iteration, compiled_refinement, compiled_small, compiled_triple: their loops.
+  factors; small_kernels: whole solves of small systems; normal_iteration: iterations with products of A^H A;
+  column_search: iterations towards known solutions; helpers: threads that help with them. compiled, compiled_bounds,
+  compiled_colors, compiled_columns, compiled_dense, compiled_iteration, compiled_normal, compiled_refinement,
+  compiled_small, compiled_triple: their loops.
 """

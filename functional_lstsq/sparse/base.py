@@ -98,6 +98,19 @@ class Products:
         """Other matrices on the same pattern, for a matrix that has entries."""
         raise NotImplementedError(f"{type(self).__name__} has no entries")
 
+    def stored_matmul(self, X: Tensor) -> Tensor:
+        """S X for real X, S having a one where A has an entry, for a matrix that has entries."""
+        return self._stored.matmul(X)
+
+    def stored_adjoint(self, Y: Tensor) -> Tensor:
+        """S^T Y"""
+        return self._stored.adjoint(Y)
+
+    @lazy
+    def _stored(self) -> Products:
+        one = torch.ones((1, 1), dtype=torch.float64, device=self.device)
+        return self.with_values(one.expand(self.copies, self.pattern.nnz))
+
     def exact(self, *, adjoint: bool) -> Callable[[Pair], Pair]:
         """What multiplies pairs of doubles by A, or by A^H, in about twice double precision."""
         raise NotImplementedError(f"{type(self).__name__} has no products in twice double precision")
@@ -192,6 +205,20 @@ class Products:
 
     def iteration(self, *arguments: Any) -> Any:
         """The compiled `kernels.Iteration` of these arguments but for A; None where there is none."""
+        return None
+
+    @property
+    def normal_work(self) -> int | None:
+        """Entries that such a product reads."""
+        return None
+
+    @property
+    def normal(self) -> Any:
+        """The compiled `normal_iteration.NormalProducts` of A; None where there are none."""
+        return None
+
+    def normal_iteration(self, *arguments: Any) -> Any:
+        """The compiled `normal_iteration.NormalIteration` of these arguments but for A; None where there is none."""
         return None
 
     def search(self, wanted: Any, limit: int) -> Any:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .normal_iteration import NormalProducts, vector
 from .pattern import SparsePattern
 
 _PORTION = 16  # iterations after which one column hears of another that has ended the search, and then twice as many
 _LONGEST = 2**29  # multiplications of a column, some 0.5 s, after which an interrupt is heard
-_GOES_ON, _ALL = 0, 2  # as the kernel has them
+_GOES_ON, _FOUND, _ALL, _LEFT = 0, 1, 2, 3  # as the loops have them
 
 
 class Wanted(NamedTuple):
@@ -52,8 +53,10 @@ class Found(NamedTuple):
     gradients: Tensor
 
 
-def search(pattern: SparsePattern, rows: Tensor, columns: Tensor, wanted: Wanted, limit: int) -> Found:
-    """For values (1, nnz) of A row by row, and of A^H; at most `limit` iterations."""
+def search(
+    pattern: SparsePattern, rows: Tensor, columns: Tensor, normal: NormalProducts | None, wanted: Wanted, limit: int
+) -> Found:
+    """For values (1, nnz) of A row by row, and of A^H; at most `limit` iterations, by `normal` as long as they do."""
     first, second = kernels.compressed(pattern), kernels.compressed(pattern.T)
     k = wanted.solutions.shape[2]
 
@@ -73,16 +76,35 @@ def search(pattern: SparsePattern, rows: Tensor, columns: Tensor, wanted: Wanted
     done[:, 1] = gamma <= 0
     rules = np.array(wanted.rules.numpy(force=True), np.float64)
     portion, longest = _PORTION, max(_PORTION, _LONGEST // (2 * max(1, pattern.nnz)))
-    key = "search", y.dtype, first.pointers.itemsize, d2 is None
+    matrix = first.pointers, first.indices, v, second.pointers, second.indices, t
     while history.shape[1] < limit and (done[:, 1] == _GOES_ON).any() and not (done[:, 1] == _ALL).any():
-        more = min(portion, limit - history.shape[1])
-        history = np.concatenate([history, np.full((k, more, 3), np.nan)], 1)
-        kernels.run(
-            "search", key, k, pattern.nnz * k * more,
-            first.pointers, first.indices, v, second.pointers, second.indices, t, inverse, shift, d2,
-            r, y, p, q, g, known, norms, numbers, done, history, extremes, rules,
-            float(wanted.patience), float(wanted.solves), history.shape[1],
-        )  # fmt: skip
+        begun = done[:, 0].max()
+        more = min(portion, limit - begun)
+        history = np.concatenate([history[:, :begun], np.full((k, more, 3), np.nan)], 1)
+        told = known, norms, numbers, done, history, extremes, rules
+        limits = float(wanted.patience), float(wanted.solves), begun + more
+        if normal is None:
+            key = "search", y.dtype, first.pointers.itemsize, d2 is None
+            work = pattern.nnz * k * more
+            kernels.run("search", key, k, work, *matrix, inverse, shift, d2, r, y, p, q, g, *told, *limits)
+        else:
+            key, work = ("search_normal", *normal.key), normal.work * k * more
+            own = *normal.arrays, p, np.empty_like(p), inverse, vector(wanted.d2, np.float64), y, g
+            kernels.run("search_normal", key, k, work, *own, *told, *limits)
+            left = done[:, 1] == _LEFT
+            if left.any():
+                normal, missing = None, known - y
+                r, g = _anew(pattern, rows, columns, missing, d2)
+                gamma = (np.abs(g) ** 2 * inverse).sum(1)
+                numbers[:, 1] *= gamma / np.where(numbers[:, 0] > 0, numbers[:, 0], 1.0)
+                numbers[:, 0] = gamma
+                # The step after which a column was left is noted by what is known of it now.
+                energy = np.linalg.norm(r, axis=1) ** 2 + (0.0 if d2 is None else (d2 * np.abs(missing) ** 2).sum(1))
+                of_step = np.linalg.norm(norms * missing, axis=1), np.sqrt(energy), np.sqrt(gamma)
+                history[left, done[left, 0]] = np.stack(of_step, 1)[left]
+                done[left, 0] += 1
+                found = (of_step[0] <= rules[:, 0]) | (gamma <= 0)
+                done[left, 1] = np.where(found[left], _FOUND, _GOES_ON)
         portion = min(2 * portion, longest)
     steps = done[:, 0]
     errors, energies, gradients = torch.from_numpy(history[:, : steps.max(initial=0)]).permute(2, 1, 0)[:, :, None]
@@ -93,3 +115,14 @@ def search(pattern: SparsePattern, rows: Tensor, columns: Tensor, wanted: Wanted
         energies,
         gradients,
     )
+
+
+def _anew(
+    pattern: SparsePattern, rows: Tensor, columns: Tensor, missing: np.ndarray, d2: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(r, g) of what is missing (k, n): A z and A^H A z + d^2 z, by columns."""
+    z = torch.from_numpy(np.ascontiguousarray(missing.T))[None]
+    r = kernels.multiply(kernels.Matrix.of(pattern, rows), z, z.new_empty((1, pattern.shape[0], len(missing))))
+    g = kernels.multiply(kernels.Matrix.of(pattern.T, columns), r, torch.empty_like(z))
+    found = [np.array(t[0].T.numpy(), order="C") for t in (r, g)]
+    return found[0], found[1] if d2 is None else found[1] + d2 * missing

@@ -79,6 +79,31 @@ def _claim(typing_context, counter):
 claim: Any = intrinsic(_claim)
 
 
+def _look(typing_context, counter):
+    """A number that another thread may change: an int64 array of one element or more, of which it is the first."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.load_atomic(array.data, "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+def _put(typing_context, counter, number):
+    """Gives it to the others, and what was written before."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        builder.store_atomic(arguments[1], array.data, "release", 8)
+        return context.get_dummy_value()
+
+    return types.none(counter, types.int64), generate
+
+
+look: Any = intrinsic(_look)
+put: Any = intrinsic(_put)
+
+
 def wide(number):
     """A number in double precision."""
     raise NotImplementedError("for compiled code")
@@ -189,6 +214,22 @@ def multiply_block(counter, chunk, zero, pointers, indices, values, X, out):
                     c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, c, 3)
                 elif c < width:  # the last but one for a second time, if only one is left
                     c = add_columns(indices, v, pointers[i], pointers[i + 1], U, Y, i, width - _TWO, 2)
+
+
+@_jit
+def add_up(counter, chunk, pointers, indices, X, out):
+    """out[i, :] = sum of X[j, :] over the entries (i, j) of row i."""
+    rows, k = out.shape
+    while True:
+        first = claim(counter) * chunk
+        if first >= rows:
+            return
+        for i in range(first, min(first + chunk, rows)):
+            for c in range(k):
+                total = 0.0
+                for e in range(pointers[i], pointers[i + 1]):
+                    total += X[indices[e], c]
+                out[i, c] = total
 
 
 @_jit

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..torch_func.cores import threads
 from .helpers import call_for_help
 from .numerics import at
 from .pattern import SparsePattern
@@ -36,20 +37,23 @@ _ready: set[tuple] = set()  # what has been compiled
 
 
 @functools.cache
-def _loops() -> Any:
+def loops() -> Any:
+    """All compiled loops by their names, or None."""
     with _first:
         try:
             from . import compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small
+            from . import compiled_normal as normal
             from . import compiled_triple as triples
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
-        parts = compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small, triples
+        parts = [compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small]
+        parts += [normal, triples]
         return SimpleNamespace(**functools.reduce(operator.or_, map(vars, parts)))
 
 
 def available(device: torch.device) -> bool:
     """Whether there are kernels for tensors on `device`."""
-    return device.type == "cpu" and _loops() is not None
+    return device.type == "cpu" and loops() is not None
 
 
 class Compressed(NamedTuple):
@@ -108,6 +112,16 @@ def multiply(A: Matrix, X: Tensor, out: Tensor) -> Tensor:
         x, y = x.reshape(copies, -1), y.reshape(copies, rows)
     key = name, out.dtype, A.pointers.itemsize
     run(name, key, copies * rows, A.values.size * k, A.zero, A.pointers, A.indices, A.values, x, y)
+    return out
+
+
+def add_up(pattern: SparsePattern, X: Tensor) -> Tensor:
+    """S X (1, m, k) for real X (1, n, k) in double precision, S being the pattern with ones for its entries."""
+    where, k = compressed(pattern), X.shape[2]
+    out = X.new_empty((1, pattern.shape[0], k))
+    x, y = array(X)[0], out.numpy(force=True)[0]
+    key = "add_up", where.pointers.itemsize
+    run("add_up", key, pattern.shape[0], pattern.nnz * k, where.pointers, where.indices, x, y)
     return out
 
 
@@ -245,26 +259,32 @@ class Iteration:
 
     def advance(self, count: int, target: float, ceiling: float) -> tuple[int, bool]:
         """(how many iterations there were, whether there may be more): at most `count`, while gamma is in between."""
-        call = _loops().iterate if self._key in _ready else functools.partial(_call_first, "iterate")
         numbers = self.gamma, self._beta, float(target), float(ceiling), count
-        done, last, self.gamma, well = call(*self._given, *numbers)
-        _ready.add(self._key)
+        done, last, self.gamma, well = call("iterate", self._key, *self._given, *numbers)
         self._beta = self.gamma / last if last else 0.0
         return done, well
+
+
+def call(name: str, key: tuple, *arguments: Any) -> Any:
+    """What a loop gives; `key` says what is compiled for it."""
+    if key in _ready:
+        return getattr(loops(), name)(*arguments)
+    result = _call_first(name, *arguments)
+    _ready.add(key)
+    return result
 
 
 def run(name: str, key: tuple, rows: int, work: int, *arguments: Any) -> None:
     """Call a kernel for so many rows, alone or with help; `key` says what is compiled for it."""
     counter = np.zeros(1, np.int64)
     if key not in _ready:
-        _call_first(name, counter, max(rows, 1), *arguments)
-        _ready.add(key)
+        call(name, key, counter, max(rows, 1), *arguments)
         return
-    kernel = getattr(_loops(), name)
-    threads = min(torch.get_num_threads(), rows) if work > _PARALLEL else 1
-    chunk = max(1, rows if threads == 1 else -(-rows // (_CHUNKS * threads)))
+    kernel = getattr(loops(), name)
+    workers = min(threads(), rows) if work > _PARALLEL else 1
+    chunk = max(1, rows if workers == 1 else -(-rows // (_CHUNKS * workers)))
     given, long = (counter, chunk, *arguments), work > _LONG
-    helpers = call_for_help(threads - 1, kernel, *given, long=long) if threads > 1 else []
+    helpers = call_for_help(workers - 1, kernel, *given, long=long) if workers > 1 else []
     try:
         kernel(*given)
     finally:
@@ -276,12 +296,12 @@ def run(name: str, key: tuple, rows: int, work: int, *arguments: Any) -> None:
 def _call_first(name: str, *arguments: Any) -> Any:
     """Call what may have to be loaded or compiled before."""
     with _first:
-        loops = _loops()
+        every = loops()
         try:
-            return getattr(loops, name)(*arguments)
+            return getattr(every, name)(*arguments)
         except Exception:  # a file that cannot be read or written, and nothing was done; or it comes again
-            setattr(loops, name, loops.uncached(getattr(loops, name).py_func))
-            return getattr(loops, name)(*arguments)
+            setattr(every, name, every.uncached(getattr(every, name).py_func))
+            return getattr(every, name)(*arguments)
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,11 +9,13 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from ..torch_func.cores import are_alone, threads
 from . import dense_kernels, kernels
 from .base import Products, dot, norm
 from .column_search import Found, Wanted, search
 from .exact_products import ExactProducts
 from .lazy import lazy
+from .normal_iteration import NormalIteration, NormalProducts, work
 from .numerics import at
 from .pattern import SparsePattern
 
@@ -79,7 +81,7 @@ class RowByRow:
         if not (entries and k):
             return out.zero_()
         # Torch's is faster for one column and more work, if its threads have cores of their own.
-        if self.compiled_always or (self.compiled and (k > 1 or entries <= kernels.SMALL)):
+        if self.compiled_always or (self.compiled and (k > 1 or entries <= kernels.SMALL or are_alone())):
             return kernels.multiply(self.arrays, X, out)
         if k == 1:  # as a vector, which has a faster kernel
             torch.mv(self.csr, X.reshape(-1), out=out.view(-1))
@@ -178,6 +180,16 @@ class Operator(Products):
         """|A|^H Y"""
         return self.absolute.adjoint(Y)
 
+    def stored_matmul(self, X: Tensor) -> Tensor:
+        if self.copies > 1 or not kernels.available(self.device):
+            return super().stored_matmul(X)
+        return kernels.add_up(self.pattern, X)
+
+    def stored_adjoint(self, Y: Tensor) -> Tensor:
+        if self.copies > 1 or not kernels.available(self.device):
+            return super().stored_adjoint(Y)
+        return kernels.add_up(self.pattern.T, Y)
+
     def exact(self, *, adjoint: bool) -> ExactProducts:
         """What multiplies pairs by A, or by A^H, in about twice double precision."""
         return ExactProducts(self, adjoint=adjoint)
@@ -235,10 +247,26 @@ class Operator(Products):
 
     def search(self, wanted: Wanted, limit: int) -> Found | None:
         """Compiled, where the threads that there are can have a column each, or one product is too little for them."""
-        many = torch.get_num_threads() > 2 * wanted.solutions.shape[2] and self.pattern.nnz > _SHARED
+        many = threads() > 2 * wanted.solutions.shape[2] and self.pattern.nnz > _SHARED
         if many or self.copies > 1 or not (self.pattern.nnz and kernels.available(self.device)):
             return None
-        return search(self.pattern, self.rows.values, self.columns.values, wanted, limit)
+        return search(self.pattern, self.rows.values, self.columns.values, self.normal, wanted, limit)
+
+    @lazy
+    def normal(self) -> NormalProducts | None:
+        """What multiplies by A^H A."""
+        if not NormalProducts.suit(self.pattern, self.values):
+            return None
+        return NormalProducts(self.pattern, self.values, self.rows.values)
+
+    @lazy
+    def normal_work(self) -> int | None:
+        """Entries that one of these products reads."""
+        return work(self.pattern) if NormalProducts.suit(self.pattern, self.values) else None
+
+    def normal_iteration(self, *arguments: Any) -> NormalIteration | None:
+        """Compiled, by these products."""
+        return None if self.normal is None else NormalIteration(self.normal, *arguments)
 
 
 def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,14 @@ class _Turns(threading.local):
         depth: operations that it is in, one within another.
         asked: OpenMP's pools and the threads that each is given back in the end, None where nothing was changed.
         steady: nothing is changed.
+        own: threads of our own within `alone`.
     """
 
     ran = waited = looked = depth = 0
     crowded = False
     asked: list[tuple[Any, int]] | None = None
     steady = False
+    own: int | None = None
 
     def look(self) -> bool:
         """Whether others use the cores."""
@@ -71,12 +73,63 @@ def _pools() -> tuple[Any, ...]:
 
 def settle() -> None:
     """Work alone from here on, within `shared_cores`, where others use the cores."""
-    if not _turns.depth or _turns.steady or _turns.asked is not None or not _turns.look():
+    if not _turns.depth or _turns.steady or (_turns.asked is not None and _turns.own is None) or not _turns.look():
         return
-    if torch.get_num_threads() > 1 and not torch.are_deterministic_algorithms_enabled():
-        _turns.asked = [(pool, pool.get_num_threads()) for pool in _pools()]
-        for pool, _ in _turns.asked:
-            pool.set_num_threads(1)
+    if _turns.own is not None:
+        _turns.own = 1
+    elif torch.get_num_threads() > 1 and not torch.are_deterministic_algorithms_enabled():
+        _ask_for_one()
+
+
+def _ask_for_one() -> None:
+    _turns.asked = [(pool, pool.get_num_threads()) for pool in _pools()]
+    for pool, _ in _turns.asked:
+        pool.set_num_threads(1)
+
+
+def threads() -> int:
+    """How many threads of our own may work."""
+    return torch.get_num_threads() if _turns.own is None else _turns.own
+
+
+def are_alone() -> bool:
+    """Whether this is within `alone`."""
+    return _turns.own is not None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Torch's operations take one thread within it, and threads of our own as many as torch had, within `shared_cores`.
+
+    After each operation torch's other threads spin for some 7 ms (libgomp) on cores that ours would work on.
+    """
+    given = torch.get_num_threads()
+    if not _turns.depth or _turns.own is not None or (given > 1 and not _pools()):
+        yield
+        return
+    _turns.own = given  # one, where others use the cores
+    if given > 1:
+        _ask_for_one()
+    try:
+        yield
+    finally:
+        _turns.own = None
+        if given > 1:
+            _give_back()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within `alone`: with torch's threads after all, for what they gain most by."""
+    own, _turns.own = _turns.own, None
+    if own is not None and own > 1:
+        _give_back()
+    try:
+        yield
+    finally:
+        if own is not None and own > 1 and _turns.asked is None:
+            _ask_for_one()
+        _turns.own = own
 
 
 class SharedCores:
@@ -107,7 +160,8 @@ shared_cores = SharedCores()
 def steady() -> Iterator[None]:
     """With as many threads as asked for, whoever else is there: for what is to be the same to the bit elsewhere."""
     before, _turns.steady = _turns.steady, True
-    _give_back()
+    if _turns.own is None:
+        _give_back()
     try:
         yield
     finally:
@@ -115,7 +169,7 @@ def steady() -> Iterator[None]:
 
 
 def _begin_fork() -> None:
-    _turns.asked = None  # a child has one thread, for good
+    _turns.asked = _turns.own = None  # a child has one thread, for good
     _turns.ran = _turns.waited = _turns.looked = 0
     _turns.crowded = False
 
