@@ -19,6 +19,7 @@ from torch import Tensor
 from ..result import INACCURATE, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.base import COARSE, norm
 from ..sparse.column_search import Wanted
+from ..sparse.lazy import lazy
 from ..sparse.numerics import noise
 from .conjugate_gradients import Normal, iterate
 from .ritz import condition_met
@@ -50,7 +51,6 @@ class Certificate:
     ):
         self.system, self.given, self.limit, self.patience = system, given, limit, patience
         self.errors: list[float] = []  # of known solutions, relative, after each iteration, if there is a patience
-        self.single = SingleSystem.of(system) if given is None else None
         with searching():
             self._measure(known)
 
@@ -58,6 +58,19 @@ class Certificate:
     def passes_once(self) -> bool:
         """Whether there are products with A^H A."""
         return self.given is None and self.system.A.normal is not None
+
+    @lazy
+    def _single(self) -> SingleSystem | None:
+        return SingleSystem.of(self.system) if self.given is None else None
+
+    @property
+    def _is_fit_for_single(self) -> bool:
+        return bool((self.largest < SINGLE_CONDITION * self.smallest).all())
+
+    @property
+    def single(self) -> SingleSystem | None:
+        """The system in single precision, where iterating with that takes less time and is right to some digits."""
+        return self._single if self._is_fit_for_single else None
 
     def _measure(self, given: Tensor | None) -> None:
         """Solve for a known solution y: r = A (y - y_k), so |r| / |y - y_k| bounds sigma_min from above, for free.
@@ -74,16 +87,16 @@ class Certificate:
         self.smallest, self.largest = torch.full_like(self.whole, torch.inf), torch.ones_like(self.whole)
         self.condition = torch.ones_like(self.whole)
         self.iterations, self.unfound = torch.zeros_like(self.whole), torch.zeros_like(self.whole, dtype=torch.bool)
-        if self.single is not None and not self.passes_once:
-            left = self._find(self.single, known)
-            if bool((self.largest < SINGLE_CONDITION * self.smallest).all()):
+        single = None if self.passes_once else self._single
+        if single is not None:
+            left = self._find(single, known)
+            if self._is_fit_for_single:
                 known = left
             else:  # rounding in single precision may have made `smallest` too small, so nothing of it is used
-                self.single, self.smallest = None, torch.full_like(self.smallest, torch.inf)
-        if self.single is None or self.passes_once or bool(self._missed(known).any()):
+                self._single = single = None
+                self.smallest = torch.full_like(self.smallest, torch.inf)
+        if single is None or bool(self._missed(known).any()):
             known = self._find(system, known)
-            if self.single is not None and not bool((self.largest < SINGLE_CONDITION * self.smallest).all()):
-                self.single = None
         if self.given is not None:
             self._look_for_the_weakest(self.given)
         smallest, largest = self.smallest.amin(1, keepdim=True), self.largest.amax(1, keepdim=True)
