@@ -265,3 +265,12 @@ def test_a_factor_that_does_not_fit_is_the_only_one_said_not_to_fit():
     assert next(step for step in both if step.method == "Direct").seconds > 0
     tight = fl.Auto(dense_bytes=1, direct=fl.Direct(memory=1))
     assert [(step.method, step.reason) for step in tight.predict(A)] == [("CGLS", "A^H A would not fit into memory")]
+
+
+def test_what_is_iterated_again_and_again_is_left_for_a_factor_that_takes_less():
+    """Once iterating has taken as long as an ordering, which all solves to come have for nothing; then it is tried."""
+    A, _, x = grid(100)
+    said = [fl.solve(A, A @ x).info.method[:6] for _ in range(25)]
+    first = said.index("direct")
+    assert said[:first] == first * ["cgls"] != []
+    assert said[first : first + 12] == 10 * ["direct"] + ["cgls", "direct"]

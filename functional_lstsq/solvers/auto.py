@@ -108,8 +108,13 @@ class Auto(Solver):
         sparse_fits = analysis.bytes_before <= self.direct.room(places)
         sparse = products + costs.total(bound, places) + costs.ordering(bound) if sparse_fits else math.inf
         factor, tried, why = min(dense, sparse), 0.0, "" if sparse_fits else "A^H A would not fit into memory"
-        patience = factor / each
-        worth_it = bool(places.least(costs.Lately.of(system.A.pattern).is_worth_it()))
+        patience, lately = factor / each, costs.Lately.of(system.A.pattern)
+        if places.alone and sparse_fits and lately.tried and lately.spent > costs.ordering(bound):
+            flops, size = analysis.predicted
+            kept = costs.kept_factor(work, flops, analysis.fill)
+            if kept < 2 * lately.last and copies * size <= self.direct.room(places):
+                lately.gave_up()
+        worth_it = bool(places.least(lately.is_worth_it()))
         if not self.factor and costs.PATIENCE < patience < math.inf and worth_it:
             yield Step(self.cgls, "a factor costs more", iteration, each, factor, patience=patience)
             tried = factor
@@ -222,6 +227,8 @@ class _Chain(Factors):
             best = (r, y, answer) if best is None else _better(best, (r, y, answer))
             if done:
                 self.first = index
+                if step.patience < math.inf and answer.status.numel() == 1:
+                    costs.Lately.of(self.system.A.pattern).took(float(answer.iterations) * step.each)
                 break
             self.failures[index] = *said, worst
             if step.patience < math.inf:

@@ -7,6 +7,7 @@ from ..sparse.places import Places
 
 _FLOPS = 2e10  # operations a second in a dense or sparse factor
 _PRODUCTS = 1e8  # multiplications a second in a sparse product of two matrices
+_ENTRY = 7e-8  # seconds that an entry of a sparse factor takes to be stored, and read by some solves
 _ORDERED = 1e6  # entries a second in an ordering
 _BYTES = 8e9  # bytes a second in a sparse product with vectors
 _SUM, _SUMMED = 4e-4, 1.5e8  # seconds of a sum over places, on one machine, and numbers a second in it
@@ -62,17 +63,23 @@ def sparse_factor(operations: float) -> float:
     return operations / _FLOPS
 
 
+def kept_factor(multiplications: int, operations: float, fill: float) -> float:
+    """A sparse factor by an ordering that is there already, and a solve and its adjoint with it."""
+    return gram(multiplications) + sparse_factor(operations) + _ENTRY * fill
+
+
 _SPARED = 9  # solves in which iterating is not tried again
 
 
 class Lately:
     """What is known of iterating with matrices on one pattern: where it gave up for a factor, it would do so again.
 
-    Values change in a training loop, and so may the condition number: every tenth time it is tried again.
+    Values change in a training loop, and so may the condition number: every tenth time it is tried again. Once it has
+    taken as long as an ordering, which then is made for all solves to come, it gives up for a factor that takes less.
     """
 
     def __init__(self):
-        self.spared = 0
+        self.spared, self.spent, self.last, self.tried = 0, 0.0, 0.0, False
 
     @classmethod
     def of(cls, pattern: SparsePattern) -> Lately:
@@ -89,4 +96,8 @@ class Lately:
 
     def gave_up(self) -> None:
         """It was tried in vain."""
-        self.spared = 1 + _SPARED
+        self.spared, self.tried = 1 + _SPARED, False
+
+    def took(self, seconds: float) -> None:
+        """One right-hand side was iterated for."""
+        self.spent, self.last, self.tried = self.spent + seconds, seconds, True
