@@ -210,7 +210,8 @@ class Iteration(Factors):
 
         def goal(r: Tensor, y: Tensor, live: Tensor) -> Tensor:
             whole = y if start is None else start[:, :, live] + y
-            show(whole, live)
+            if show is not None:
+                show(whole, live)
             return torch.maximum(limit * norm(weight * whole), slope * system.A.norm(r) + floor[:, live]).square()
 
         settings = self.settings

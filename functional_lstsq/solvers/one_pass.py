@@ -22,6 +22,7 @@ from .watching import is_watched, tell
 CONDITION = 3000.0  # largest condition number: of a gradient of 1, eps cond^2 = 2e-9 is wrong
 _WRONG = 1e-3  # of a gradient, after which it is computed anew
 _EPS = 2.0**-52
+_STRIDE = 4  # iterations after which an iterate is shown
 
 
 class Goal(NamedTuple):
@@ -54,19 +55,20 @@ def iterate(
     limit: int,
     *,
     callback: Callable[[int, float], object] | None,
-    show: Callable[[Tensor, Tensor], object],
+    show: Callable[[Tensor, Tensor], object] | None,
 ) -> Run:
     """At most `limit` iterations with the preconditioner `inverse` (1, n, 1), up to a condition number of `CONDITION`.
 
     Args:
         b: None for zero.
         callback: as of `cgls`.
-        show: called with (start + y, the number of the column) before each part of the run.
+        show: called with (start + y, the number of the column) every few iterations.
     """
     b = None if b is None or not bool(b.any()) else b
     y, A, shift = torch.zeros_like(c, memory_format=torch.contiguous_format), system.A, bool(c.any())
     steps = A.normal_iteration(inverse, system.d2, goal.weight, goal.start, y)
     r, count, before, one_by_one = b, 0, math.inf, callback is not None or is_watched()
+    portion = 1 if one_by_one else limit if show is None else _STRIDE
     share = (_EPS * condition**2 / _WRONG) ** 2  # of gamma, down to which it is right
     column = torch.zeros(1, dtype=torch.int64, device=c.device)
     while True:
@@ -77,7 +79,6 @@ def iterate(
             g.sub_(c)
         gamma, slope = max(float(dot(g, inverse * g)), 0.0), 0.0 if r is None else goal.slope * float(A.norm(r))
         floor, far = slope + goal.floor, goal.far(y)
-        show(y if goal.start is None else goal.start + y, column)
         if gamma <= max(far, floor) ** 2 or count >= limit or not gamma < before:
             break
         before = gamma / 4  # what is left after a part that does not take away as much is rounding
@@ -85,8 +86,10 @@ def iterate(
         done, goes_on = 1, True
         while goes_on and done and count < limit:
             settle()
-            done, goes_on = steps.advance(goal.limit, floor, before * share, 1 if one_by_one else limit - count)
+            done, goes_on = steps.advance(goal.limit, floor, before * share, min(portion, limit - count))
             count += done
+            if show is not None:
+                show(y if goal.start is None else goal.start + y, column)
             if callback is not None and done:
                 callback(count, math.sqrt(steps.gamma))
             if one_by_one and done:

@@ -91,11 +91,14 @@ def _shown_by(show: Callable[[Tensor], object] | None) -> Iterator[None]:
         _iterates.reset(before)
 
 
-def iterate_shown(like: Tensor | None) -> Callable[[Tensor, Tensor], object]:
-    """Shows columns of an iterate like `like`, given with their numbers; nothing of None, for a run of corrections."""
+def iterate_shown(like: Tensor | None) -> Callable[[Tensor, Tensor], object] | None:
+    """What shows columns of an iterate like `like`, given with their numbers; of None, for a run of corrections, none.
+
+    None where nobody looks.
+    """
     show = _iterates.get()
     if show is None or like is None:
-        return lambda columns, numbers: None
+        return None
     reached = torch.zeros_like(like)
 
     def put(columns: Tensor, numbers: Tensor) -> None:
