@@ -87,6 +87,36 @@ def test_a_solve_leaves_the_number_of_threads_as_it_was(turns, monkeypatch):
     assert threads_in_a_solve() == 2
 
 
+@pytest.mark.skipif(not cores._pools(), reason="no OpenMP that could be told")
+def test_torch_stands_back_while_our_own_threads_work(turns, monkeypatch):
+    monkeypatch.setattr(cores._Turns, "look", lambda self: False)
+
+    def seen():
+        return torch.get_num_threads(), cores.threads(), cores.are_alone()
+
+    def fails():
+        with cores.alone():
+            assert seen() == (1, 2, True)
+            with cores.alone(), cores.together():
+                assert seen() == (2, 2, False)
+            assert seen() == (1, 2, True)
+            raise ArithmeticError
+
+    with cores.alone():  # not within an operation of this library
+        assert seen() == (2, 2, False)
+    with cores.shared_cores:
+        with pytest.raises(ArithmeticError):
+            fails()
+        assert seen() == (2, 2, False)
+        with cores.alone():
+            monkeypatch.setattr(cores._Turns, "look", lambda self: True)  # others come
+            cores.settle()
+            assert seen() == (1, 1, True)
+            with cores.together():
+                assert seen() == (1, 1, False)
+    assert seen() == (2, 2, False)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork") or not cores._pools(), reason="no forks, or no OpenMP that could be told")
 def test_a_child_that_is_forked_in_the_midst_of_a_solve_keeps_its_one_thread(turns, monkeypatch):
     monkeypatch.setattr(cores._Turns, "look", lambda self: True)

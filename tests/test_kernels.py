@@ -318,11 +318,14 @@ def test_a_batch_is_factored_as_its_matrices_are(n, monkeypatch):
     torch.testing.assert_close(torch.vmap(x)(values, b), one_by_one, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["plain", "damped", "deficient", "given up"])
+@pytest.mark.parametrize("kind", ["plain", "damped", "deficient", "given up", "ill-conditioned"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_searches_for_known_solutions(monkeypatch, dtype, kind):
     """Compiled and in torch: extreme singular values, and after how many iterations it is known enough."""
     pattern, values, _ = problem(200, 60, dtype=dtype)
+    if kind == "ill-conditioned":  # of which one pass finds out that it takes two
+        A, pattern = with_singular_values(np.logspace(0, -3.8, 60), 200)
+        values = A.reshape(-1).to(dtype)
     if kind == "deficient":
         values = torch.where(pattern.indices[1] == 0, 0.0, values)
         first = (pattern.indices[1] == 1).nonzero()[:, 0]
@@ -349,9 +352,11 @@ def test_searches_for_known_solutions(monkeypatch, dtype, kind):
     if kind == "deficient":  # which one column tells another after 16 iterations, and after 32 more
         assert compiled.iterations <= 48
         return
-    assert abs(compiled.iterations - by_torch.iterations) <= 2
-    assert abs(compiled.expected - by_torch.expected) <= 2
-    torch.testing.assert_close(compiled.condition, by_torch.condition, rtol=1e-6, atol=0)
+    apart = 0.15 * by_torch.iterations if kind == "ill-conditioned" else 2
+    assert abs(compiled.iterations - by_torch.iterations) <= apart
+    assert abs(compiled.expected - by_torch.expected) <= apart
+    near = 1e-2 if kind == "ill-conditioned" else 1e-6
+    torch.testing.assert_close(compiled.condition, by_torch.condition, rtol=near, atol=0)
     A = system.A.dense()[0] * system.norms[0, :, 0].reciprocal()
     if damp is not None:
         A = torch.cat([A, torch.diag(system.damp[0, :, 0] / system.norms[0, :, 0]).to(A.dtype)])
