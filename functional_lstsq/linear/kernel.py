@@ -14,7 +14,7 @@ from ..solvers.base import Factors
 from ..solvers.cgls import CGLS
 from ..solvers.memory import told_as_too_large
 from ..solvers.system import System
-from ..sparse.kernels import available
+from ..sparse.normal_iteration import NormalProducts
 from ..sparse.numerics import ldexp, power_of_two
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
@@ -54,8 +54,7 @@ def _solve_kernel(
     settings: str,
     on_failure: str,
 ) -> tuple[Tensor, ...]:
-    copies = len(values)
-    if not copies:  # of an empty batch
+    if not len(values):  # of an empty batch
         *nothing, made = solve_fake(values, weights, damp, b, e, c, known, token, indices, m, n)
         return *nothing, made.zero_()
     values, wanted = values.resolve_conj(), settings_of(settings)
@@ -73,7 +72,9 @@ def _solve_kernel(
         numbers["weights"] = (weights,)
     solver = wanted.solver
     iterated = isinstance(solver, CGLS) or (isinstance(solver, Auto) and min(m, n) > solver.dense_columns)
-    own = iterated and copies == 1 and values.shape[1] > _PARALLEL and available(values.device)
+    # One column is iterated by threads of our own.
+    columns = next(t for t in (b, e, c) if t is not None).shape[2]
+    own = iterated and columns == 1 and values.shape[1] > _PARALLEL and NormalProducts.suit(values)
     with alone() if own else nullcontext():
         return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
 

@@ -90,12 +90,13 @@ class NormalProducts:
     def key(self) -> tuple:
         return self.dtype, self.arrays[2].itemsize
 
-    @classmethod
-    def suit(cls, pattern: SparsePattern, values: Tensor) -> bool:
-        """Whether there are such products, and whether they take less time than others."""
-        few = threads() <= _MOST_THREADS or pattern.nnz <= kernels.SMALL
+    @staticmethod
+    def suit(values: Tensor) -> bool:
+        """Whether there are such products for values (P, nnz), and whether they take less time than others."""
+        copies, entries = values.shape
+        few = threads() <= _MOST_THREADS or entries <= kernels.SMALL
         double = values.dtype in (torch.float64, torch.complex128)
-        return few and double and len(values) == 1 and pattern.nnz > 0 and kernels.available(values.device)
+        return few and double and copies == 1 and entries > 0 and kernels.available(values.device)
 
 
 def vector(t: Tensor | None, kind: Any) -> np.ndarray:

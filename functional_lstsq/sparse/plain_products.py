@@ -255,14 +255,14 @@ class Operator(Products):
     @lazy
     def normal(self) -> NormalProducts | None:
         """What multiplies by A^H A."""
-        if not NormalProducts.suit(self.pattern, self.values):
+        if not NormalProducts.suit(self.values):
             return None
         return NormalProducts(self.pattern, self.values, self.rows.values)
 
     @lazy
     def normal_work(self) -> int | None:
         """Entries that one of these products reads."""
-        return work(self.pattern) if NormalProducts.suit(self.pattern, self.values) else None
+        return work(self.pattern) if NormalProducts.suit(self.values) else None
 
     def normal_iteration(self, *arguments: Any) -> NormalIteration | None:
         """Compiled, by these products."""
