@@ -150,3 +150,17 @@ def test_searches_for_known_solutions(monkeypatch, dtype, kind):
     sizes = torch.linalg.svdvals(A)
     assert sizes[-1] <= compiled.smallest * (1 + 1e-9) <= 1.5 * sizes[-1]
     assert 0.5 * sizes[0] <= compiled.largest <= sizes[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("damp", [None, 1e-5])
+def test_a_part_begins_anew_where_rounding_has_taken_over(damp):
+    """Of a consistent system: the last direction would not move it any more, up to the limit of iterations."""
+    n, g = 800, torch.Generator().manual_seed(3)
+    i, size = torch.arange(n), 10.0 ** (10 * torch.rand(n, generator=g, dtype=torch.float64) - 5)
+    indices = torch.stack([torch.cat([i, i[:-1]]), torch.cat([i, i[1:]])])
+    A = fl.SparseMatrix(torch.cat([size, -0.9 * size[1:]]), fl.SparsePattern(indices, (n, n)))
+    b = A @ torch.randn(n, generator=g, dtype=torch.float64)
+    solution = fl.solve(A, b, damp=damp, solver=fl.CGLS())
+    assert solution.info.iterations < 1500
+    x = fl.lstsq(A, b, damp=damp, solver=fl.Direct(), refine="extended")
+    assert float((solution.x - x).norm() / x.norm()) < 1e-12

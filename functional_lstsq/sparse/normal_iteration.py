@@ -18,6 +18,7 @@ _CHUNKS = 4  # of a product with the rows of A, each with sums of its own for al
 _MOST_THREADS = 8  # above which torch's products, which take them all, are the faster ones
 _PARALLEL = 40_000  # multiplications of a product from which a second thread gains
 _LONGEST = 2**29  # multiplications, some 0.5 s, after which an interrupt is heard
+_APART = 4  # times the updated gamma, above which the one that is computed anew is of another gradient
 _BLOWN_UP = 1e10  # times gamma, after which iterations are of no use
 _DENSER = 1.5  # times the entries of A that A^H A may have
 
@@ -147,6 +148,9 @@ class NormalIteration:
 
     def begin(self, gradient: Tensor, gamma: float) -> None:
         """Go on from the gradient (1, n, 1), of which this is the gamma."""
+        # Where rounding has taken over, the last direction is none for this gradient.
+        if not gamma < _APART * self.gamma:
+            self._last = 0.0
         self._g[:] = gradient.numpy(force=True).reshape(-1)
         self.gamma = gamma
 
