@@ -75,6 +75,9 @@ def _solve_kernel(
     # One column is iterated by threads of our own.
     columns = next(t for t in (b, e, c) if t is not None).shape[2]
     own = iterated and columns == 1 and values.shape[1] > _PARALLEL and NormalProducts.suit(values)
+    if own:
+        pattern = find_pattern(indices, m, n)
+        _ = pattern.rows, pattern.T.rows  # sorted once, by torch's threads
     with alone() if own else nullcontext():
         return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
 
