@@ -41,6 +41,8 @@ _BOUND = 1e-9  # relative rounding errors that need no residuals in extended pre
 class CGLS(Solver):
     """Preconditioned conjugate gradients; each iteration is one product with A and one with A^H, for all columns.
 
+    For one column without a preconditioner, up to a condition number of 3000, both are one pass over A on the CPU.
+
     Args:
         tolerance: forward error to aim at, relative; None for 1e-11 (1e-9 for single precision).
         accept: largest estimated forward error, relative, of an answer that is given; None for eps^(1/3), or ten

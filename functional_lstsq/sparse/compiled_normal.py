@@ -9,6 +9,9 @@ that was at the beginning, so whoever calls takes it anew (van der Vorst and Ye,
 An iteration has three phases, each of chunks, the same ones for any number of threads, so that sums are always the
 same. A queue of chunks belongs to each thread, which keeps its part of the vectors in its own cache; who is done takes
 from the others' queues, so that nobody waits for a thread that has no core.
+
+Arrays are handed on one by one: references to those of a tuple would be counted in each chunk, which takes as long as a
+small product.
 """
 
 from __future__ import annotations

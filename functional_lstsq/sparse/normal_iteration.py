@@ -31,8 +31,10 @@ class _Whole(NamedTuple):
     places: Tensor
 
 
-def _whole(pattern: SparsePattern) -> _Whole | None:
-    """That of `pattern`, which keeps it; None where it has many more entries than A."""
+def _whole(pattern: SparsePattern, kind: torch.dtype) -> _Whole | None:
+    """That of `pattern`, which keeps it; None where it has many more entries than A, and of complex numbers."""
+    if kind.is_complex:
+        return None
 
     def make() -> _Whole | None:
         if pattern.nnz >= 2**31 or kernels.multiplications(pattern) > 2 * _DENSER * pattern.nnz:
@@ -55,9 +57,9 @@ def _whole(pattern: SparsePattern) -> _Whole | None:
     return pattern.keep("whole", make)
 
 
-def work(pattern: SparsePattern) -> int:
+def work(pattern: SparsePattern, kind: torch.dtype) -> int:
     """Entries that a product with A^H A reads, of A twice each."""
-    whole = _whole(pattern)
+    whole = _whole(pattern, kind)
     return 2 * pattern.nnz if whole is None else len(whole.places)
 
 
@@ -70,7 +72,7 @@ class NormalProducts:
     """
 
     def __init__(self, pattern: SparsePattern, values: Tensor, rows: Tensor):
-        whole, self.work = None if values.is_complex() else _whole(pattern), work(pattern)
+        whole, self.work = _whole(pattern, values.dtype), work(pattern, values.dtype)
         if whole is None:
             first = kernels.compressed(pattern)
             given = first.pointers, first.indices, kernels.array(rows)[0]

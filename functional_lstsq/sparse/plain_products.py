@@ -262,7 +262,7 @@ class Operator(Products):
     @lazy
     def normal_work(self) -> int | None:
         """Entries that one of these products reads."""
-        return work(self.pattern) if NormalProducts.suit(self.values) else None
+        return work(self.pattern, self.dtype) if NormalProducts.suit(self.values) else None
 
     def normal_iteration(self, *arguments: Any) -> NormalIteration | None:
         """Compiled, by these products."""
