@@ -6,6 +6,7 @@ import pytest
 import torch
 from room import DOUBLE, DTYPES, Room
 
+import functional_lstsq as fl
 from functional_lstsq.result import CONVERGED
 from functional_lstsq.solvers.system import EPS, Weighting
 from functional_lstsq.sparse.base import norm
@@ -115,3 +116,13 @@ def test_one_and_the_same_answer_for_one_column_or_several():
 
 
 # What is no convergence.
+
+
+def test_a_direction_that_residuals_hide_is_looked_for_once_more():
+    """A square system, weights of which make a condition number of 1e14: the third correction is the large one."""
+    A = torch.tensor([[0, 1, 0], [0, -3, 1], [-3, 0, -3e8]], dtype=torch.float64)
+    b, weights = (torch.tensor(t, dtype=torch.float64) for t in ([1e8, 2, -1e-8], [2, 1e-8, 3e8]))
+    solution = fl.solve(fl.SparseMatrix.from_dense(A), b, weights=weights)
+    x = torch.tensor([-3e8 * (3e8 + 2) / 3, 1e8, 3e8 + 2], dtype=torch.float64)
+    assert float(((solution.x - x) / x).abs().max()) <= 2 * EPS
+    assert solution.info.forward_error < 2 * EPS

@@ -185,8 +185,10 @@ def hold(problem, name):
                 counted[name]["refused"] += 1
                 continue
             counted[name]["right"] += 1
-            # A residual that is zero has rounding errors of b.
-            rounding = want["image"] + size(rational(b)) - 50 if by == "weights" else -math.inf
+            # A residual that is zero has rounding errors of b; so has an x that is zero, and 2 d <x, y> with it: of
+            # <y, (A^H W A + d^2)^-1 A^H W b> these are at most |A y| |b| / d^2 times the unit.
+            rounding = want["image"] + size(rational(b)) - 50 if by in ("weights", "damp") else -math.inf
+            rounding += 1 - size(rational(given_damp[None])) if by == "damp" and damp else 0
             # Of a sum along a direction, what its terms are; of a gradient by A, what its two products are.
             beside = size(exact) if mode == "forward" else -math.inf
             if by == "A" or mode == "forward":

@@ -251,13 +251,17 @@ def _iterate(
         # The first correction with exact residuals takes away the errors that plain ones left, and makes rounding
         # errors in proportion to them. The second takes these away, and may be as large as the first, or larger where
         # rounding had hidden a direction. From then on a correction that does not shrink is the last.
-        second = step == 1 and not first_is_all
-        shrinks = (rate < 1) | (relative == 0) | (relative < 1 if second else False)
+        # Where eps cond^2 is above 1, the residuals that these leave may be what hides a direction, so that a third is
+        # taken however small the second was.
+        third = (slowest >= 1) & (step == 2 and not first_is_all)
+        early = third | (step == 1 and not first_is_all)
+        shrinks = (rate < 1) | (relative == 0) | (early & (relative < 1))
         better = active & (shrinks if step else torch.isfinite(relative))
         r, y = next_r.where(better[:, None], r), next_y.where(better[:, None], y)
         left = torch.where(better, torch.maximum(10 * rate, slowest).clamp(max=1), 1.0)
         errors = Errors(*[left * move for move in moves]).where(active, errors)
-        active = better & (left * relative > target) & ((rate < 0.25) | (step == 0) | second)
+        unsure = (slowest >= 1) & (step == 1 and not first_is_all)
+        active = better & ((left * relative > target) | unsure) & ((rate < 0.25) | (step == 0) | early)
         previous = moves.where(better, previous)
         if not bool(active.any()):
             break
