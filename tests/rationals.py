@@ -104,8 +104,8 @@ def gradients(A, b, c, damp=None, weights=None) -> dict[str, Matrix | float]:
     """Of sum(c x) by A, b, damp and weights, for a real A (m, n) of full rank, b (m,) and c (n,).
 
     Tall or damped, with y = (A^T W A + damp^2)^-1 c; of least norm, with A A^T, where it is wide. "terms" is log2 of
-    the size of the two outer products whose difference is the gradient by A, "image" that of A y, "products" that of
-    2 damp |x| |y|.
+    the size of the two outer products whose difference is the gradient by A, "image" that of A y, "sums" that of
+    |W A| |y|, "products" that of 2 damp |x| |y|.
     """
     (m, n), d = A.shape, Fraction(0) if damp is None else Fraction(float(damp))
     S, B, C = rational(A), rational(b), rational(c)
@@ -132,6 +132,7 @@ def gradients(A, b, c, damp=None, weights=None) -> dict[str, Matrix | float]:
         "damp": [[-2 * d * sum((a[0] * b[0] for a, b in zip(x, y, strict=True)), Fraction(0))]],
         "weights": [[image[i][0] * r[i][0]] for i in range(m)],
         "image": size(image),
+        "sums": size(weighted) + size(y),
         "products": 1 + size([[d]]) + size(x) + size(y),
         "terms": max(
             size([[wi * v[0]] for wi, v in zip(w, r, strict=True)]) + size(y),

@@ -189,6 +189,8 @@ def hold(problem, name):
             # <y, (A^H W A + d^2)^-1 A^H W b> these are at most |A y| |b| / d^2 times the unit.
             rounding = want["image"] + size(rational(b)) - 50 if by in ("weights", "damp") else -math.inf
             rounding += 1 - size(rational(given_damp[None])) if by == "damp" and damp else 0
+            if by == "b" and size(exact) == -math.inf and damp is not None:
+                rounding = want["sums"] - 50  # W A y for a y = c / d^2 that A makes zero
             # Of a sum along a direction, what its terms are; of a gradient by A, what its two products are.
             beside = size(exact) if mode == "forward" else -math.inf
             if by == "A" or mode == "forward":

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_func.primitive import Primitive, define, differentiate
+from ..torch_func.operations import define, differentiate
+from ..torch_func.primitive import Primitive
 from ..torch_func.tracing import in_graph, prepare_compiler
 from .ranks import Ranks
 

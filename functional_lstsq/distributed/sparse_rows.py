@@ -26,7 +26,7 @@ from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..sparse.products import multiply, sample
 from ..torch_func.cores import steady
-from ..torch_func.primitive import define, differentiate
+from ..torch_func.operations import define, differentiate
 from ..torch_func.tracing import in_graph
 from .agreement import solve_together
 from .collectives import shared_by, total_of

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import DAMP, ConvergenceError, RankDeficientError
 from ..result import CONVERGED, ITERATION_LIMIT, RANK_DEFICIENT
 from ..sparse.numerics import ldexp
-from ..torch_func.primitive import Constant, define
+from ..torch_func.operations import define
+from ..torch_func.primitive import Constant
 from .gradient import Static
 from .guess import guess
 from .pivoting import BY_DAMPING, Bounded, Judged, Problems, Tried, at_bounds, check_order, judge, left_of_shift

@@ -39,7 +39,8 @@ from ..result import Report
 from ..sparse.double_double import two_product
 from ..sparse.pattern import SparsePattern
 from ..sparse.products import multiply
-from ..torch_func.primitive import beside, differentiate
+from ..torch_func.operations import differentiate
+from ..torch_func.primitive import beside
 from ..torch_func.tracing import concrete, in_graph, is_traced, unseen_by_transforms
 from .factor_cache import of_solve
 from .gradient import LowParts, OfSystem, Static, Unseen, gradient, low_parts, may_matter, multiplier, without_idle
@@ -59,7 +60,7 @@ class Solve(OfSystem):
         r_bar, s_bar, x_bar, _, _ = cotangents
         # Without weights s is r, and r_bar goes into the place of b.
         bars = (s_bar, r_bar, x_bar) if weights is not None else (r_bar, None, x_bar)
-        if bars == (None, None, None):
+        if all(bar is None for bar in bars):
             return (None,) * 10
         token = of_solve(token, new_token)
         static = static.derivative()

@@ -14,7 +14,7 @@ from ..solvers.base import Factors
 from ..solvers.small import Small
 from ..solvers.system import System
 from ..sparse.pattern import SparsePattern
-from ..torch_func.primitive import define
+from ..torch_func.operations import define
 from .settings import Settings
 
 

@@ -19,7 +19,7 @@ from ..sparse.numerics import ldexp, power_of_two
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..torch_func.cores import alone
-from ..torch_func.primitive import define
+from ..torch_func.operations import define
 from .blocks import Asked, solve_in_parts
 from .factor_cache import Holder, is_kept, no_token
 from .low_parts import LOW, low_parts, told_as_solution

@@ -22,11 +22,10 @@ from ..sparse.operator import LinearOperator
 from ..sparse.wrapped_products import Weighted, WeightedAdjoint
 from ..torch_func.cores import shared_cores
 from ..torch_func.forward_mode import jvp
+from ..torch_func.operations import define, differentiate
 from ..torch_func.primitive import (
     Primitive,
     beside,
-    define,
-    differentiate,
     extent,
     join_columns,
     join_matrices,
@@ -130,7 +129,7 @@ class SolveMatrixFree(Primitive):
         *solution, _, new_token = outputs
         r_bar, s_bar, x_bar, _, _ = cotangents
         slots = (s_bar, r_bar, x_bar) if weights is not None else (r_bar, None, x_bar)
-        if slots == (None, None, None):
+        if all(slot is None for slot in slots):
             return (None,) * len(inputs)
         token, static = new_token if token is None else token, static.derivative()
         q, l_s, l_x, _, _ = cls.apply(static, damp, weights, *slots, None, token, *leaves)

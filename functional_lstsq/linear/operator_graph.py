@@ -20,7 +20,8 @@ from ..result import Solution, SolveInfo
 from ..sparse.jacobian_operator import JacobianOperator
 from ..sparse.operator import LinearOperator
 from ..sparse.operator_algebra import Pulled
-from ..torch_func.primitive import Constant, define
+from ..torch_func.operations import define
+from ..torch_func.primitive import Constant
 from ..torch_func.tracing import constant, in_graph, made, prepare_compiler, told
 from .arguments import Problem, pose
 from .matrix_free import static_of

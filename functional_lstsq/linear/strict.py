@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NAN, SCALE, ConvergenceError
-from ..torch_func.primitive import Primitive, define, extent, join_matrices, split_matrices
+from ..torch_func.operations import define
+from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
 
 
 # Not a tuple, which torch.func would take apart at every call.

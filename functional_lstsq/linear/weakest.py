@@ -23,15 +23,8 @@ from ..solvers.weakest import Weakest, clusters, correct
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
 from ..sparse.products import multiply
-from ..torch_func.primitive import (
-    Primitive,
-    define,
-    extent,
-    join_columns,
-    join_matrices,
-    split_columns,
-    split_matrices,
-)
+from ..torch_func.operations import define
+from ..torch_func.primitive import Primitive, extent, join_columns, join_matrices, split_columns, split_matrices
 from .factor_cache import Holder
 
 _ORDERS = 3

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..torch_func.primitive import Primitive, define, differentiate, extent, join_matrices, split_matrices
+from ..torch_func.operations import define, differentiate
+from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
 from ..torch_func.tracing import in_graph
 from .numerics import at
 

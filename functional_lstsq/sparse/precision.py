@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DOUBLE, SCALE, ConvergenceError
-from ..torch_func.primitive import Primitive, define, differentiate
+from ..torch_func.operations import define, differentiate
+from ..torch_func.primitive import Primitive
 from ..torch_func.tracing import in_graph
 
 

@@ -18,11 +18,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from ..torch_func.operations import define, differentiate
 from ..torch_func.primitive import (
     Constant,
     Primitive,
-    define,
-    differentiate,
     extent,
     join_columns,
     join_matrices,

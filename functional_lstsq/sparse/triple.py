@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_func.primitive import Primitive, define, differentiate, extent, join_matrices, split_matrices
+from ..torch_func.operations import define, differentiate
+from ..torch_func.primitive import Primitive, extent, join_matrices, split_matrices
 from ..torch_func.tracing import in_graph
 from . import kernels
 from .pattern import SparsePattern, find_pattern

@@ -8,9 +8,7 @@ and mix follow by recursion.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,83 +24,20 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from .cores import shared_cores
-from .process import entrance
+from .operations import is_in_program, is_plain, is_seen
+from .reverse_mode import apply_on, evaluate_rule_on, gradient_level, node_of
 from .tracing import beside_graph, is_traced
 
-_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
-_library = torch.library.Library("functional_lstsq", "DEF")
-
-
-def define(schema: str, kernel: Callable, fake: Callable) -> Callable:
-    """Make `kernel` the library operation `schema`, opaque to every tracer; `fake` gives the shapes of its results.
-
-    `torch.library.custom_op` with `register_autograd` would be shorter, but fails under `torch.func.grad` and gives
-    zero under `jacfwd`, so derivatives are the business of `Primitive`, one floor above.
-    """
-
-    def plainly(*args: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(entrance)
-            stack.enter_context(shared_cores)
-            device = args[0].device.type
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            # The mode under which a compiled graph runs for the first time leaves these keys out: x.conj() would be x.
-            for key in _LAZY:
-                if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
-                    stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-            return kernel(*args)
-
-    name = _library.define(schema)
-    # After a graph break Dynamo would meet the kernel's functions as frames of their own.
-    _library.impl(name, beside_graph(plainly), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"functional_lstsq::{name}", fake, lib=_library)
-    return getattr(torch.ops.functional_lstsq, name).default
-
-
-def differentiate(operation: Any, apply: Callable) -> None:
-    """Give an operation that is called outside of its primitive, by an exported program, the primitive's rules.
-
-    Args:
-        apply: takes the operation's arguments and calls the primitive.
-    """
-
-    def with_rules(*args: Any) -> Any:
-        reverse = torch.is_grad_enabled()
-        forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-        if reverse or forward:  # as they are not within a primitive
-            every = (part for argument in args for part in (argument if isinstance(argument, list) else [argument]))
-            tensors = [part for part in every if isinstance(part, Tensor)]
-            if reverse and any(tensor.requires_grad for tensor in tensors):
-                return apply(*args)
-            if forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-                return apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation(*args)
-
-    name = operation._schema.name.split("::")[1]
-    _library.impl(name, beside_graph(with_rules), "Autograd")
-    # Where a transformation of torch.func is under way, torch would look for rules of the operation's own for it.
-    _library.impl(name, partial(_transformed, apply), "FuncTorchDynamicLayerFrontMode")
-
-
-_recorded = threading.local()  # .yes: an operation is in an exported program by now, and its rules are asked for
-
-
-def _is_recorded() -> bool:
-    return torch.compiler.is_dynamo_compiling() or getattr(_recorded, "yes", False)
-
-
-def _transformed(apply: Callable, *args: Any) -> Any:
-    before, _recorded.yes = getattr(_recorded, "yes", False), True
-    try:
-        return apply(*args)
-    finally:
-        _recorded.yes = before
-
-
 _ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
+def _is_followed(argument: Any) -> bool:
+    """Whether autograd has a reason to hear of what is done with an argument."""
+    if not isinstance(argument, Tensor):
+        return False
+    if not is_plain(argument) or forward_ad._current_level >= 0:
+        return True
+    return argument.requires_grad and torch.is_grad_enabled()
 
 
 class Primitive(torch.autograd.Function):
@@ -114,6 +49,7 @@ class Primitive(torch.autograd.Function):
     """
 
     constants: tuple[int, ...] = ()
+    _node: type
 
     def __init_subclass__(cls) -> None:
         # Compiled autograd takes static methods alone. After a graph break Dynamo meets the rules as frames of their
@@ -124,10 +60,11 @@ class Primitive(torch.autograd.Function):
         if "forward" in vars(cls):
             # torch looks for defaults of its parameters at each call, for a twentieth of what a small gradient takes.
             cls.forward.__func__.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
+        cls._node = node_of(cls)
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() and torch.compiler.is_exporting() and not _is_recorded():
+        if torch._C._are_functorch_transforms_active() and torch.compiler.is_exporting() and not is_in_program():
             # torch.export records operations, whatever maps over them, and knows of no primitives.
             if all(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
                 return cls.forward(*args)
@@ -135,6 +72,10 @@ class Primitive(torch.autograd.Function):
                 "torch.export cannot take derivatives inside of what it exports: export the function itself, and "
                 "differentiate the program, program.module(), which torch.func can"
             )
+        if (level := gradient_level()) is not None:
+            return apply_on(level, cls._node, args)
+        if not is_seen() and not any(map(_is_followed, args)):
+            return cls.forward(*args)
         return super().apply(*args)
 
     @classmethod
@@ -149,10 +90,17 @@ class Primitive(torch.autograd.Function):
 
     @classmethod
     def _backward(cls, ctx: Any, *cotangents: Tensor | None) -> tuple:
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if cotangents.count(None) == len(cotangents):
+        if all(cotangent is None for cotangent in cotangents):
             return (None,) * (1 + ctx.count)
-        return None, *cls.vjp_rule(ctx.static, saved[: ctx.count], saved[ctx.count :], cotangents, needed)
+        rule = partial(cls._evaluate_vjp_rule, ctx.static, ctx.count, len(cotangents), ctx.needs_input_grad[1:])
+        tensors = *cotangents, *ctx.saved_tensors
+        level = gradient_level()
+        return None, *(rule(*tensors) if level is None else evaluate_rule_on(level, rule, tensors))
+
+    @classmethod
+    def _evaluate_vjp_rule(cls, static: Any, count: int, of_outputs: int, needed: tuple, *tensors: Tensor) -> tuple:
+        cotangents, inputs, outputs = tensors[:of_outputs], tensors[of_outputs:][:count], tensors[of_outputs + count :]
+        return cls.vjp_rule(static, inputs, outputs, cotangents, needed)
 
     @classmethod
     def _jvp(cls, ctx: Any, _static: None, *tangents: Tensor | None) -> Any:
