@@ -114,7 +114,7 @@ class Auto(Solver):
             kept = costs.kept_factor(work, flops, analysis.fill)
             if kept < 2 * lately.last and copies * size <= self.direct.room(places):
                 lately.gave_up()
-        worth_it = bool(places.least(lately.is_worth_it()))
+        worth_it = bool(places.least(lately.is_worth_it(1)))
         if not self.factor and costs.PATIENCE < patience < math.inf and worth_it:
             yield Step(self.cgls, "a factor costs more", iteration, each, factor, patience=patience)
             tried = factor
@@ -214,6 +214,8 @@ class _Chain(Factors):
                 self.failures[index] = *said, "too large" if too_large else "failed"
                 continue
             if found is None:
+                if index in self.prepared:
+                    costs.Lately.of(self.system.A.pattern).gave_up(self.columns)
                 self.failures[index] = *said, "many right-hand sides"
                 self.first = index + 1
                 continue
@@ -241,6 +243,10 @@ class _Chain(Factors):
     ) -> tuple[Tensor, Tensor, Report] | None:
         """By one method, which is prepared first; None where so many right-hand sides are left to the next."""
         iterates = isinstance(step.solver, CGLS)
+        if index not in self.prepared and step.patience < math.inf and self.columns > 1:
+            lately, places = costs.Lately.of(self.system.A.pattern), self.system.A.places
+            if not places.least(lately.is_worth_it(self.columns)):
+                return None
         for last in (not iterates, True):
             try:
                 with told_as_too_large(), nullcontext() if iterates else together():

@@ -79,7 +79,8 @@ class Lately:
     """
 
     def __init__(self):
-        self.spared, self.spent, self.last, self.tried = 0, 0.0, 0.0, False
+        self.spared: dict[int, int] = {}  # how many solves of so many columns, or of more, are not to try
+        self.spent, self.last, self.tried = 0.0, 0.0, False
 
     @classmethod
     def of(cls, pattern: SparsePattern) -> Lately:
@@ -88,15 +89,16 @@ class Lately:
 
     def begin(self) -> None:
         """A solve begins."""
-        self.spared -= 1
+        self.spared = {columns: left - 1 for columns, left in self.spared.items() if left > 1}
 
-    def is_worth_it(self) -> bool:
+    def is_worth_it(self, columns: int) -> bool:
         """Whether to try."""
-        return self.spared <= 0
+        return all(columns < fewest for fewest in self.spared)
 
-    def gave_up(self) -> None:
-        """It was tried in vain."""
-        self.spared, self.tried = 1 + _SPARED, False
+    def gave_up(self, columns: int = 1) -> None:
+        """It was tried in vain for so many columns, of which each takes its own time."""
+        self.spared = {**self.spared, columns: 1 + _SPARED}
+        self.tried = self.tried and columns > 1
 
     def took(self, seconds: float) -> None:
         """One right-hand side was iterated for."""

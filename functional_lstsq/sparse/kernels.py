@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..torch_func.cores import threads
-from .helpers import call_for_help
+from .helpers import call_for_help, uncollected
 from .numerics import at
 from .pattern import SparsePattern
 
@@ -295,7 +295,7 @@ def run(name: str, key: tuple, rows: int, work: int, *arguments: Any) -> None:
 
 def _call_first(name: str, *arguments: Any) -> Any:
     """Call what may have to be loaded or compiled before."""
-    with _first:
+    with _first, uncollected():
         every = loops()
         try:
             return getattr(every, name)(*arguments)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from ..torch_func.operations import is_plain, is_seen
+
+_KEPT = 2**16  # numbers of which making them anew takes longer than to copy them
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -31,9 +36,21 @@ def noise(like: Tensor, seed: int = 0) -> Tensor:
     Sizes differ, since vectors of signs alone are orthogonal to the differences of half of all pairs of columns. Taken
     from a hash, since vmap refuses random operations.
     """
-    first = 1 + seed * like.numel()
-    h = torch.arange(first, first + like.numel(), device=like.device) * 0x2545F4914F6CDD1D
+    if like.numel() > _KEPT or is_seen() or not is_plain(like):
+        return _hashed(like.numel(), like.device, seed).view(like.shape)
+    return _kept(like.numel(), like.device, seed).clone().view(like.shape)
+
+
+def _hashed(count: int, device: torch.device, seed: int) -> Tensor:
+    first = 1 + seed * count
+    h = torch.arange(first, first + count, device=device) * 0x2545F4914F6CDD1D
     h = (h ^ (h >> 31)) * 0x369DEA0F31A53F85
     h = h ^ (h >> 29)
     size = 0.5 + ((h >> 8) & 0xFFFFFF).to(torch.float64) / 2**24
-    return torch.where(((h >> 40) & 1) == 1, size, -size).view(like.shape)
+    return torch.where(((h >> 40) & 1) == 1, size, -size)
+
+
+@lru_cache(maxsize=16)
+def _kept(count: int, device: torch.device, seed: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _hashed(count, device, seed)
