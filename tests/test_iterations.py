@@ -11,7 +11,7 @@ import functional_lstsq as fl
 from functional_lstsq.solvers import one_pass
 from functional_lstsq.solvers.certificate import Certificate
 from functional_lstsq.solvers.system import System
-from functional_lstsq.sparse import kernels, normal_iteration, plain_products
+from functional_lstsq.sparse import entry_kernels, kernels, normal_iteration, plain_products
 from functional_lstsq.sparse.plain_products import Operator
 
 pytest.importorskip("numba")
@@ -127,6 +127,8 @@ def test_searches_for_known_solutions(monkeypatch, dtype, kind):
         system = System(Operator(pattern, values[None]), damp, torch.finfo(torch.float64).eps)
         return Certificate(system, None, limit=1000, patience=patience), system
 
+    # Both search the same matrix, to the bit: where it is ill-conditioned, iterations depend on how it is rounded.
+    monkeypatch.setattr(entry_kernels, "suit", lambda values: False)
     entered, search = [], plain_products.search
     monkeypatch.setattr(plain_products, "search", lambda *given: entered.append(1) or search(*given))
     compiled, system = certified()

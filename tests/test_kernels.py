@@ -8,7 +8,7 @@ import torch
 
 import functional_lstsq as fl
 from functional_lstsq.solvers import dense as room
-from functional_lstsq.sparse import dense_kernels, kernels
+from functional_lstsq.sparse import dense_kernels, entry_kernels, kernels
 from functional_lstsq.sparse.gram_pattern import GramPattern
 from functional_lstsq.sparse.plain_products import Operator
 from functional_lstsq.sparse.products import _sample_kernel
@@ -119,6 +119,26 @@ def test_gram_values_of_long_columns(way):
         assert abs(float(got[t]) - want) <= 5e-15 * want
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("size", [1.0, 2.0**-600, 2.0**600])
+def test_passes_over_entries_of_integers_are_exact(way, dtype, shuffled, size, monkeypatch):
+    monkeypatch.setattr(entry_kernels, "_MANY", 0)
+    torch.manual_seed(0)
+    pattern = pattern_of(30, 12, shuffled=shuffled)
+    values = integers(1, pattern.nnz, dtype=dtype)
+    A = Operator(pattern, values * size)
+    assert torch.equal(A.rows.values, values[:, torch.argsort(pattern.indices[0] * 12 + pattern.indices[1])] * size)
+    scale = 2.0 ** torch.randint(-3, 4, (1, 12, 1)).double()
+    assert torch.equal(A.scaled(scale).values, values * size / scale[0, pattern.indices[1], 0])
+    assert torch.equal(A.scaled(scale * 2.0**1020).scaled(1 / scale).values, values * size / 2.0**1020)
+    for damp in (None, torch.full((1, 1), 3.0 * size, dtype=torch.float64)):
+        largest, squares = A.column_sizes(damp)
+        want = torch.linalg.vector_norm(A.dense() / size, dim=1)
+        want = want if damp is None else torch.hypot(want, torch.tensor(3.0, dtype=torch.float64))
+        torch.testing.assert_close(largest / size * squares.sqrt(), want, rtol=1e-15, atol=0)
+
+
 def test_more_threads_give_the_same_numbers():
     torch.manual_seed(0)
     m, n = 40_000, 3000
@@ -132,7 +152,8 @@ def test_more_threads_give_the_same_numbers():
             torch.set_num_threads(count)
             with ThreadPoolExecutor(4) as pool:
                 some = list(pool.map(lambda _: products(pattern, values, X, Y), range(4)))
-            found += [(*one, GramPattern(pattern).values(values[0])) for one in some]
+            squares = Operator(pattern, values).column_sizes(None)[1]
+            found += [(*one, GramPattern(pattern).values(values[0]), squares) for one in some]
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..errors import RankDeficientError
 from ..sparse.base import dot
+from ..sparse.csr_product import sparse_product
 from ..sparse.matrix import SparseMatrix, single
 from ..sparse.numerics import noise
 from ..sparse.pattern import SparsePattern
-from ..sparse.plain_products import Operator, sparse_product
+from ..sparse.plain_products import Operator
 from ..torch_func.tracing import concrete
 from .dense import Dense
 from .direct import Direct

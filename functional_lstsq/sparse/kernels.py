@@ -42,12 +42,13 @@ def loops() -> Any:
     with _first:
         try:
             from . import compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small
+            from . import compiled_entries as entries
             from . import compiled_normal as normal
             from . import compiled_triple as triples
         except Exception:  # whatever is wrong with Numba here, torch's operations do
             return None
         parts = [compiled, compiled_bounds, compiled_colors, compiled_dense, compiled_iteration, compiled_small]
-        parts += [normal, triples]
+        parts += [entries, normal, triples]
         return SimpleNamespace(**functools.reduce(operator.or_, map(vars, parts)))
 
 

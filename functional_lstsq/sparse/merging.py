@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..torch_func.tracing import concrete, is_mapped, unseen_by_transforms
+from .csr_product import sparse_product
 from .pattern import SparsePattern, new_name, pattern_named, recall, sort
-from .plain_products import sparse_product
 
 
 class Merged:

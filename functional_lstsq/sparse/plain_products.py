@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import scipy.sparse
 import torch
 from torch import Tensor
 
 from ..torch_func.cores import are_alone, threads
-from . import dense_kernels, kernels
+from . import dense_kernels, entry_kernels, kernels
 from .base import Products, dot, norm
 from .column_search import Found, Wanted, search
+from .csr_product import sparse_product
 from .exact_products import ExactProducts
 from .lazy import lazy
 from .normal_iteration import NormalIteration, NormalProducts, work
@@ -23,6 +23,8 @@ with warnings.catch_warnings():  # torch says once per process that CSR tensors 
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float64, device="cpu", check_invariants=False)
 
+_TINY = torch.finfo(torch.float64).tiny
+_SMALLEST = 2.0**-900  # of the squares of norms that lose nothing to the range of numbers
 _LONG = 1024  # terms of a sum above which torch's kernels, which add up float32 in float32, lose the last digits
 # Products in single precision take half the time where memory bounds them.
 _SINGLE_ENTRIES = 500_000  # fewest of A
@@ -49,6 +51,8 @@ class RowByRow:
         self.pattern, self.copies = pattern, len(values)
         if order is None:
             self.values = values.contiguous()
+        elif entry_kernels.suit(values):
+            self.values = entry_kernels.take_rows(pattern, values)
         else:  # gather is several times faster than index_select along rows
             self.values = values.gather(1, order.expand(self.copies, -1))
         long = values.dtype == torch.float32 and _longest_row(pattern) > _LONG
@@ -207,6 +211,9 @@ class Operator(Products):
         return ((self.values != 0) & (self._divided(scale) == 0)).any(1, keepdim=True)
 
     def _divided(self, scale: Tensor) -> Tensor:
+        factors = scale[:, :, 0].reciprocal()  # of powers of two, exact unless they are too small for a normal number
+        if entry_kernels.suit(self.values) and not bool((factors < _TINY).any()):
+            return entry_kernels.scale_columns(self.pattern, self.values, factors)
         return self.values / at(scale[:, :, 0], self.pattern.indices[1])
 
     def weighted(self, root: Tensor) -> Operator:
@@ -215,6 +222,12 @@ class Operator(Products):
 
     def column_sizes(self, damp: Tensor | None) -> tuple[Tensor, Tensor]:
         """(a, s), both (P, n): the columns of [A; diag(damp)] have the norms a sqrt(s)."""
+        if entry_kernels.suit(self.values):
+            squares = entry_kernels.column_squares(self.pattern, self.values)
+            squares = squares if damp is None else squares + damp.square()
+            least, most = squares.aminmax()
+            if float(least) > _SMALLEST and float(most) < 1 / _SMALLEST:
+                return torch.ones_like(squares), squares
         return column_sizes(self.values.abs(), self.pattern.indices[1].expand(self.copies, -1), damp, self.n)
 
     def frobenius(self) -> Tensor:
@@ -277,7 +290,7 @@ def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) ->
     whole = torch.where(whole == 0, 1.0, whole)
     squares = sizes.new_zeros((copies, n)).scatter_add_(1, columns, (sizes / whole).square_())
     squares = squares if damp is None else squares + (damp / whole).square()
-    if not bool((squares < 2.0**-900).any()):
+    if not bool((squares < _SMALLEST).any()):
         return whole.expand(-1, n), squares
     # Each in units of its own largest entry.
     largest = sizes.new_zeros((copies, n)).scatter_reduce(1, columns, sizes, "amax")
@@ -285,24 +298,6 @@ def column_sizes(sizes: Tensor, columns: Tensor, damp: Tensor | None, n: int) ->
     largest = torch.where(largest == 0, 1.0, largest)
     squares = torch.zeros_like(largest).scatter_add(1, columns, (sizes / largest.gather(1, columns)).square())
     return largest, squares if damp is None else squares + (damp / largest).square()
-
-
-def sparse_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two torch CSR matrices, without entries that cancel to zero.
-
-    On the CPU by SciPy: torch's own loses memory at every call (2.13 and 2.14), half a MiB for a million entries.
-    """
-    if left.device.type != "cpu":
-        return left @ right
-    parts = [
-        scipy.sparse.csr_array((A.values().numpy(), A.col_indices().numpy(), A.crow_indices().numpy()), A.shape)
-        for A in (left, right)
-    ]
-    product = parts[0] @ parts[1]
-    pointers, indices, values = map(torch.from_numpy, (product.indptr, product.indices, product.data))
-    return torch.sparse_csr_tensor(
-        pointers, indices, values, product.shape, device=values.device, check_invariants=False
-    )
 
 
 def _longest_row(pattern: SparsePattern) -> int:
