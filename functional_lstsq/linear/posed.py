@@ -18,7 +18,7 @@ from .refusals import product_in_range, require_in_range
 def run(problem: Problem, on_failure: str, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(r, x, report) of K (r, x) = (b, c); of A^H in A's place and (0, b) where A is wide: there r is the solution."""
     A, (m, n), b, damp, weights, settings, _, x0, _, _, kept = problem
-    columns = b[None] if b.ndim == 2 else b[None, :, None]
+    columns = b[None] if b.ndim == 2 else b.reshape(1, b.shape[0], 1)
     damp = None if damp is None else damp.reshape(1, -1)
     start = None if x0 is None or problem.wide else x0[None] if x0.ndim == 2 else x0[None, :, None]
     if isinstance(A, LinearOperator):
@@ -68,4 +68,4 @@ def rounded(result: Tensor, problem: Problem, name: str) -> Tensor:
 
 def shaped(columns: Tensor, problem: Problem) -> Tensor:
     """(1, rows, k) -> (rows, k), or (rows,) where b has one dimension."""
-    return columns[0, :, 0] if problem.b.ndim == 1 else columns[0]
+    return columns.flatten() if problem.b.ndim == 1 else columns.squeeze(0)
