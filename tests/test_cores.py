@@ -9,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import problem
 
 import functional_lstsq as fl
+from functional_lstsq.linear import augmented
+from functional_lstsq.sparse import kernels, small_kernels
 from functional_lstsq.torch_func import cores
 
 BUSY = [sys.executable, "-c", "while True: pass"]
@@ -115,6 +118,32 @@ def test_torch_stands_back_while_our_own_threads_work(turns, monkeypatch):
             with cores.together():
                 assert seen() == (1, 1, False)
     assert seen() == (2, 2, False)
+
+
+@pytest.mark.skipif(not cores._pools(), reason="no OpenMP that could be told")
+@pytest.mark.parametrize(("copies", "threads"), [(1, 2), (200, 1)])
+def test_rules_of_middling_size_leave_the_cores_to_our_own_threads(turns, monkeypatch, copies, threads):
+    """Not those of small ones, on which torch works alone anyway; solves within have the threads that they had."""
+    monkeypatch.setattr(cores._Turns, "look", lambda self: False)
+    pattern, values, b = problem(60, 20)
+    seen, within, rule, kernel = [], [], augmented.Solve._vjp, small_kernels.run
+
+    def spied(*given):
+        seen.append(torch.get_num_threads())
+        return rule(*given)
+
+    monkeypatch.setattr(augmented.Solve, "_vjp", spied)
+    monkeypatch.setattr(small_kernels, "run", lambda *given: within.append(cores.threads()) or kernel(*given))
+    many = values.expand(copies, -1) + torch.arange(copies, dtype=torch.float64)[:, None] / copies
+
+    def loss(V):
+        return torch.func.vmap(lambda v: fl.lstsq(fl.SparseMatrix(v, pattern), b).square().sum())(V).sum()
+
+    found = torch.func.grad(loss)(many)
+    assert seen == [threads]
+    assert set(within) == ({2} if kernels.available(b.device) else set())
+    assert torch.get_num_threads() == 2
+    torch.testing.assert_close(found[0], torch.func.grad(loss)(many[:1])[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not cores._pools(), reason="no forks, or no OpenMP that could be told")

@@ -13,6 +13,7 @@ from ..solvers.system import check_number
 from ..sparse.matrix import DTYPES, SparseMatrix, single
 from ..sparse.operator import LinearOperator
 from ..sparse.precision import convert
+from ..torch_func.cores import quiet
 from ..torch_func.layouts import LAYOUTS
 from ..torch_func.tracing import concrete, is_dtensor, is_traced, prepare_compiler, refuse_recording, told
 from .factorization import Factorization
@@ -283,7 +284,9 @@ def check_numbers(name: str, tensor: Tensor, *, infinite: bool = False) -> None:
         return
     numbers = concrete(tensor)
     # A sum needs no temporary; of large finite numbers it may still overflow.
-    if not bool(torch.isfinite(numbers.sum())) and not bool(torch.isfinite(numbers).all()):
+    with quiet(numbers.numel()):
+        finite = bool(torch.isfinite(numbers.sum()))
+    if not finite and not bool(torch.isfinite(numbers).all()):
         what = "NaN" if bool(torch.isnan(numbers).any()) else "infinity"
         if not infinite:
             raise ValueError(f"{name} must be finite, got {what} in it")

@@ -39,6 +39,7 @@ from ..result import Report
 from ..sparse.double_double import two_product
 from ..sparse.pattern import SparsePattern
 from ..sparse.products import multiply
+from ..torch_func.cores import quiet
 from ..torch_func.operations import differentiate
 from ..torch_func.primitive import beside
 from ..torch_func.tracing import concrete, in_graph, is_traced, unseen_by_transforms
@@ -55,6 +56,11 @@ class Solve(OfSystem):
 
     @classmethod
     def vjp_rule(cls, static, inputs, outputs, cotangents, needed):
+        with quiet(_extent(inputs, outputs)):
+            return cls._vjp(static, inputs, outputs, cotangents, needed)
+
+    @classmethod
+    def _vjp(cls, static, inputs, outputs, cotangents, needed):
         values, weights, damp, b, e, c, _, token, indices, _ = inputs
         r, s, x, report, new_token = outputs
         r_bar, s_bar, x_bar, _, _ = cotangents
@@ -110,6 +116,11 @@ class Solve(OfSystem):
 
     @classmethod
     def jvp_rule(cls, static, inputs, outputs, tangents):
+        with quiet(_extent(inputs, outputs)):
+            return cls._jvp_of(static, inputs, outputs, tangents)
+
+    @classmethod
+    def _jvp_of(cls, static, inputs, outputs, tangents):
         values, weights, damp, b, e, c, _, token, indices, _ = inputs
         r, s, x, report, new_token = outputs
         values_dot, weights_dot, damp_dot, b_dot, e_dot, c_dot, _, _, _, _ = tangents
@@ -169,6 +180,12 @@ class Solve(OfSystem):
                 seen = static.multiply(values, further, indices)
                 r_dot = r_dot - torch.where((weights == 0)[:, :, None], seen, 0.0)
         return r_dot, s_dot, x_dot, None, None
+
+
+def _extent(inputs: tuple, outputs: tuple) -> int:
+    """How many numbers a rule works on, about; none where they are not there as yet."""
+    values, (r, _, x, *_) = inputs[0], outputs
+    return 0 if is_traced(values) else concrete(values).numel() + 4 * (concrete(r).numel() + concrete(x).numel())
 
 
 def _with_rules(values, weights, damp, b, e, c, known, token, indices, m, n, settings, on_failure):

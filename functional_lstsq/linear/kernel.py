@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..sparse.normal_iteration import NormalProducts
 from ..sparse.numerics import ldexp, power_of_two
 from ..sparse.pattern import find_pattern
 from ..sparse.plain_products import Operator
-from ..torch_func.cores import alone
+from ..torch_func.cores import alone, together
 from ..torch_func.operations import define
 from .blocks import Asked, solve_in_parts
 from .factor_cache import Holder, is_kept, no_token
@@ -78,7 +77,7 @@ def _solve_kernel(
     if own:
         pattern = find_pattern(indices, m, n)
         _ = pattern.rows, pattern.T.rows  # sorted once, by torch's threads
-    with alone() if own else nullcontext():
+    with alone() if own else together():
         return solve_plainly(values, numbers, indices, damp, b, e, c, known, token, m, n, wanted, on_failure, make)
 
 

@@ -70,14 +70,50 @@ def factor(L, zero):
 
 
 @part
-def _times(G, v, w, zero):
-    """w = G v for the lower triangle of a Hermitian G."""
-    for i in range(len(v)):
-        row, factor, total = G[i], v[i], G[i, i] * v[i]
+def _times(G, V, W, zero):
+    """W = G V for the lower triangle of a Hermitian G and four columns, which go side by side into vectors."""
+    for i in range(len(V)):
+        row, a, b, c, d = G[i], V[i, 0], V[i, 1], V[i, 2], V[i, 3]
+        one, two, three, four = row[i] * a, row[i] * b, row[i] * c, row[i] * d
         for j in range(i):
-            total += row[j] * v[j]
-            w[j] += conjugate(row[j]) * factor
-        w[i] = total
+            left, right = row[j], conjugate(row[j])
+            one += left * V[j, 0]
+            two += left * V[j, 1]
+            three += left * V[j, 2]
+            four += left * V[j, 3]
+            W[j, 0] += right * a
+            W[j, 1] += right * b
+            W[j, 2] += right * c
+            W[j, 3] += right * d
+        W[i, 0], W[i, 1], W[i, 2], W[i, 3] = one, two, three, four
+
+
+@part
+def _divide_four(L, V, W):
+    """W = (L L^H)^-1 V for four columns."""
+    n = len(V)
+    for i in range(n):
+        row, one, two, three, four = L[i], V[i, 0], V[i, 1], V[i, 2], V[i, 3]
+        for j in range(i):
+            left = row[j]
+            one -= left * W[j, 0]
+            two -= left * W[j, 1]
+            three -= left * W[j, 2]
+            four -= left * W[j, 3]
+        inverse = 1 / row[i].real
+        W[i, 0], W[i, 1], W[i, 2], W[i, 3] = one * inverse, two * inverse, three * inverse, four * inverse
+    for k in range(n):
+        i = n - 1 - k
+        row = L[i]
+        inverse = 1 / row[i].real
+        one, two, three, four = W[i, 0] * inverse, W[i, 1] * inverse, W[i, 2] * inverse, W[i, 3] * inverse
+        W[i, 0], W[i, 1], W[i, 2], W[i, 3] = one, two, three, four
+        for j in range(i):
+            right = conjugate(row[j])
+            W[j, 0] -= right * one
+            W[j, 1] -= right * two
+            W[j, 2] -= right * three
+            W[j, 3] -= right * four
 
 
 @part
@@ -98,27 +134,38 @@ def divide(L, v, w):
 
 
 @part
-def largest_eigenvalue(M, inverse, steps, start, v, w, zero):
-    """That of a Hermitian M, or of (M M^H)^-1, from below, by power iterations on rows of `start`."""
-    most = 0.0
-    for c in range(len(start)):
-        size = 1.0
-        for i in range(len(v)):
-            v[i] = start[c, i]
-        for _ in range(steps):
-            for i in range(len(v)):
-                v[i] /= size
-            if inverse:
-                divide(M, v, w)
-            else:
-                _times(M, v, w, zero)
-            size = 0.0
-            for i in range(len(v)):
-                size += square(w[i])
-            size = max(np.sqrt(size), 2.3e-308)
-            v, w = w, v
-        most = max(most, size)
-    return most
+def _largest_eigenvalue(M, inverse, steps, start, V, W, zero):
+    """That of a Hermitian M, or of (M M^H)^-1, from below, by power iterations on the columns of `start`, side by side.
+
+    Args:
+        start: (n, 4) vectors with a part in every direction.
+        V, W: (n, 4), room for work.
+    """
+    n, sizes = len(V), np.ones(4)
+    for i in range(n):
+        for c in range(4):
+            V[i, c] = start[i, c]
+    for _ in range(steps):
+        one, two, three, four = 1 / sizes[0], 1 / sizes[1], 1 / sizes[2], 1 / sizes[3]
+        for i in range(n):
+            V[i, 0] *= one
+            V[i, 1] *= two
+            V[i, 2] *= three
+            V[i, 3] *= four
+        if inverse:
+            _divide_four(M, V, W)
+        else:
+            _times(M, V, W, zero)
+        one = two = three = four = 0.0
+        for i in range(n):
+            one += square(W[i, 0])
+            two += square(W[i, 1])
+            three += square(W[i, 2])
+            four += square(W[i, 3])
+        for c, total in enumerate((one, two, three, four)):
+            sizes[c] = max(math.sqrt(total), 2.3e-308)
+        V, W = W, V
+    return sizes.max()
 
 
 @_jit
@@ -130,10 +177,10 @@ def dense_factor(counter, chunk, zero, pointers, indices, values, d2, start, L, 
     Args:
         values: (P, nnz) row by row.
         d2: (P, n), or None for zeros.
-        start: (4, n) vectors with a part in every direction.
+        start: (n, 4) vectors with a part in every direction.
     """
     copies, n = L.shape[:2]
-    v, w = np.empty(n, L.dtype), np.empty(n, L.dtype)
+    V, W = np.empty((n, 4), L.dtype), np.empty((n, 4), L.dtype)
     while True:
         first = claim(counter) * chunk
         if first >= copies:
@@ -144,9 +191,9 @@ def dense_factor(counter, chunk, zero, pointers, indices, values, d2, start, L, 
             if d2 is not None:
                 for i in range(n):
                     M[i, i] += d2[p, i]
-            extremes[p, 0] = largest_eigenvalue(M, False, _STEPS, start, v, w, zero)
+            extremes[p, 0] = _largest_eigenvalue(M, False, _STEPS, start, V, W, zero)
             found = factor(M, zero)
-            extremes[p, 1] = 1 / largest_eigenvalue(M, True, _STEPS, start, v, w, zero) if found else np.nan
+            extremes[p, 1] = 1 / _largest_eigenvalue(M, True, _STEPS, start, V, W, zero) if found else np.nan
 
 
 @part
@@ -190,7 +237,7 @@ def _scale(pointers, indices, values, weights, damp, S, V, D, N, d2):
 
 
 @part
-def _decompose(G, M, D, N, d2, told, start, v, w, zero):
+def _decompose(G, M, D, N, d2, told, start, V, W, zero):
     """L in the place of G = A^H W A, given the lower triangle of that, and what is told of it; M is room for work."""
     n = len(D)
     told[SIZE] = told[NORM] = 0.0
@@ -214,7 +261,7 @@ def _decompose(G, M, D, N, d2, told, start, v, w, zero):
                 elif task == 3:
                     M[i, j] /= N[i]
         steps = _INVERSE_STEPS if task == 3 else _STEPS
-        roots[task] = math.sqrt(largest_eigenvalue(M, task > 1, steps, start, v, w, zero))
+        roots[task] = math.sqrt(_largest_eigenvalue(M, task > 1, steps, start, V, W, zero))
     told[LARGEST], told[SMALLEST], told[CONDITION] = roots[0], 1 / roots[2], max(roots[1] * roots[3], 1.0)
     if told[LARGEST] < _PLAIN * told[SMALLEST]:
         told[WELL] = 1.0
@@ -228,16 +275,17 @@ def small_factor(counter, chunk, zero, pointers, indices, values, weights, damp,
         values: (P, nnz) row by row.
         weights: (P, 0) for ones, or (P, m).
         damp: (P, 0) for none, (P, 1) or (P, n).
-        start: (4, n) vectors with a part in every direction.
+        start: (n, 4) vectors with a part in every direction.
     """
     copies, n = D.shape
-    v, w, M, V = np.empty(n, L.dtype), np.empty(n, L.dtype), np.empty((n, n), L.dtype), np.empty(S.shape[1], L.dtype)
+    V, W, M = np.empty((n, 4), L.dtype), np.empty((n, 4), L.dtype), np.empty((n, n), L.dtype)
+    weighted = np.empty(S.shape[1], L.dtype)
     while True:
         first = claim(counter) * chunk
         if first >= copies:
             return
         for p in range(first, min(first + chunk, copies)):
             told[p, WELL] = 0.0
-            if _scale(pointers, indices, values[p], weights[p], damp[p], S[p], V, D[p], N[p], d2[p]):
-                lower_gram(pointers, indices, V, zero, L[p])
-                _decompose(L[p], M, D[p], N[p], d2[p], told[p], start, v, w, zero)
+            if _scale(pointers, indices, values[p], weights[p], damp[p], S[p], weighted, D[p], N[p], d2[p]):
+                lower_gram(pointers, indices, weighted, zero, L[p])
+                _decompose(L[p], M, D[p], N[p], d2[p], told[p], start, V, W, zero)

@@ -53,4 +53,4 @@ def dense_factor(A: Matrix, pattern: SparsePattern, d2: Tensor | None) -> tuple[
 @functools.lru_cache(maxsize=16)
 def in_every_direction(n: int) -> np.ndarray:
     """Vectors with a part in every direction."""
-    return array(noise(torch.empty((4, n), dtype=torch.float64, device="cpu")))
+    return array(noise(torch.empty((4, n), dtype=torch.float64, device="cpu")).T)
