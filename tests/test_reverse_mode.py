@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import full_pattern
-from torch.func import grad, jvp, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import functional_lstsq as fl
 
@@ -22,6 +23,15 @@ def sparse(values):
 def dense(values):
     A = values.reshape(M, N)
     return (torch.linalg.solve(A.T @ A, A.T @ B) * C).sum().sin()
+
+
+def pinv(values):
+    """As `dense`, of which second forward derivatives are wrong."""
+    return (torch.linalg.pinv(values.reshape(M, N)) @ B * C).sum().sin()
+
+
+def grad_of_square(loss):
+    return lambda values: grad(loss)(values).square().sum()
 
 
 def penalty(loss):
@@ -58,8 +68,36 @@ def test_a_gradient_within_a_gradient_along_a_tangent():
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-def grad_of_square(loss):
-    return lambda values: grad(loss)(values).square().sum()
+def through_dual(loss):
+    """The square of a tangent that forward_ad takes, on whichever level this is called."""
+
+    def of(values):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(forward_ad.make_dual(values, values.cos()))).tangent.square()
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(sparse, pinv), (penalty(sparse), grad_of_square(pinv))], ids=["value", "penalty"]
+)
+def test_forward_mode_on_the_level_of_a_gradient(ours, theirs):
+    want = grad(lambda values: jvp(theirs, (values,), (values.cos(),))[1].square())(VALUES)
+    torch.testing.assert_close(grad(through_dual(ours))(VALUES), want, rtol=1e-8, atol=1e-10)
+
+
+def test_gradients_that_lose_their_graph_are_refused():
+    """By the vmap before torch.func's, which gives numbers that nothing can differentiate."""
+    values, eye = VALUES.clone().requires_grad_(), torch.eye(N, dtype=torch.float64)
+    x = fl.lstsq(fl.SparseMatrix(values, PATTERN), B)
+    (J,) = torch.autograd.grad(x, values, eye, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(J, jacrev(lambda v: fl.lstsq(fl.SparseMatrix(v, PATTERN), B))(VALUES))
+    with pytest.raises(NotImplementedError, match=r"create_graph=True.*jacrev"):
+        torch.autograd.grad(x, values, eye, is_grads_batched=True, create_graph=True)
+    rows = vmap(lambda c: torch.autograd.grad(x, values, c, create_graph=True)[0])(eye)
+    found = torch.autograd.grad(rows.square().sum(), values)[0]
+    want = grad(lambda v: jacrev(lambda v: torch.linalg.pinv(v.reshape(M, N)) @ B)(v).square().sum())(VALUES)
+    torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-10)
 
 
 def test_pulls_that_outlive_their_levels():

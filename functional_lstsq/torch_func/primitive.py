@@ -19,6 +19,7 @@ from torch._C._functorch import (
     _unwrap_for_grad,
     _wrap_for_grad,
     get_interpreter_stack,
+    is_legacy_batchedtensor,
 )
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
@@ -38,6 +39,16 @@ def _is_followed(argument: Any) -> bool:
     if not is_plain(argument) or forward_ad._current_level >= 0:
         return True
     return argument.requires_grad and torch.is_grad_enabled()
+
+
+def _refuse_old_batches(cotangents: tuple[Tensor | None, ...]) -> None:
+    """Refuse what the vmap before torch.func's would give: right numbers, without a graph, so constants."""
+    if any(t is not None and is_legacy_batchedtensor(t) for t in cotangents):
+        raise NotImplementedError(
+            "derivatives that are themselves to be differentiated (create_graph=True) cannot be taken with "
+            "is_grads_batched=True or vectorize=True, where torch loses their graph; torch.func.jacrev and "
+            "torch.vmap(lambda c: torch.autograd.grad(x, v, c, create_graph=True)) can"
+        )
 
 
 class Primitive(torch.autograd.Function):
@@ -95,6 +106,8 @@ class Primitive(torch.autograd.Function):
         rule = partial(cls._evaluate_vjp_rule, ctx.static, ctx.count, len(cotangents), ctx.needs_input_grad[1:])
         tensors = *cotangents, *ctx.saved_tensors
         level = gradient_level()
+        if level is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            _refuse_old_batches(cotangents)
         return None, *(rule(*tensors) if level is None else evaluate_rule_on(level, rule, tensors))
 
     @classmethod

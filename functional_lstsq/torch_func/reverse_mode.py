@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad, peek_interpreter_stack, unwrap_if_dead
 from torch._functorch.pyfunctorch import GradInterpreter
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -35,6 +36,7 @@ def node_of(primitive: Any) -> type:
         forward=partial(_below, primitive.apply),
         setup_context=primitive.setup_context,
         backward=primitive.backward,
+        jvp=primitive.jvp,
     )
 
 
@@ -48,6 +50,8 @@ def apply_on(level: GradInterpreter, node: Any, args: tuple) -> Any:
 
 def evaluate_rule_on(level: GradInterpreter, rule: Callable, tensors: tuple) -> tuple:
     """rule(*tensors), a tensor or None each, evaluated below the level and recorded on it."""
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        return rule(*tensors)  # whose operations carry tangents, of which the level itself may have some
     if torch.is_grad_enabled():
         return apply_on(level, _Rule, (rule, *tensors))
     return _below(rule, *tensors)
